@@ -77,14 +77,20 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _at_least_one(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from error
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from error
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be in [0, 1], got {value}")
     return value
@@ -98,10 +104,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top_k", type=_at_least_one, default=12, help="tiles kept per query tile (default 12)")
     parser.add_argument("--threshold", type=_share, default=0.65, help="least similarity to reuse (default 0.65)")
     parser.add_argument(
-        "--max_reuse_dist", type=_at_least_one, default=4, help="reuse an anchor fewer layers back than this (default 4)"
+        "--max_reuse_dist",
+        type=_at_least_one,
+        default=4,
+        help="reuse an anchor fewer layers back than this (default 4)",
     )
     parser.add_argument(
-        "--weights_dir", type=Path, help=f"folder made by convert_weights.py (default {DEFAULT_WEIGHTS}, made if missing)"
+        "--weights_dir",
+        type=Path,
+        help=f"folder made by convert_weights.py (default {DEFAULT_WEIGHTS}, made if missing)",
     )
     parser.add_argument("--text", type=Path, default=DEFAULT_TEXT, help="UTF-8 text to test on (default: the sample)")
     parser.add_argument(
@@ -251,6 +262,14 @@ def format_configuration(args: argparse.Namespace, dtype: str) -> str:
     )
 
 
+def format_model(manifest: Mapping[str, Any], params: Any) -> str:
+    """One line: the model's name, layers, parameters, and size as it lies on the device."""
+    size_mb = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6
+    millions = count_parameters(params) / 1e6
+    layers = manifest["config"].num_hidden_layers
+    return f"✓ {manifest['model']}: {layers} layers, {millions:.1f}M parameters, {size_mb:.0f} MB\n"
+
+
 def format_schedule(decisions: Sequence[Decision], threshold: float, max_reuse_dist: int) -> str:
     """The guide's schedule section: a line with the reason for each layer, the count, the strip of layer types."""
     lines = [f"   Similarity threshold: {threshold:.2%}", f"   Max reuse distance: {max_reuse_dist}"]
@@ -363,7 +382,7 @@ def schedule_rows(
 def describe_run(args: argparse.Namespace, devices: Sequence[jax.Device], dtype: str, density: float) -> str:
     """What a timing means: everything that it depends on."""
     return (
-        f"whole forward with loss on {len(devices)} {args.device.upper()} device(s), {devices[0].device_kind}, {dtype}; "
+        f"whole forward and loss on {len(devices)} {args.device.upper()} device(s), {devices[0].device_kind}, {dtype}; "
         f"{args.seq_len} tokens, tile {args.tile_size}, Top-K {args.top_k}, density {density:.2%}, n = {args.n_runs}"
     )
 
@@ -434,9 +453,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             convert_weights.convert_default(weights_dir)
         say(f"📦 Loading weights from {weights_dir}...")
         manifest, params = load_weights(weights_dir, DTYPES[dtype])
-        config, num_parameters = manifest["config"], count_parameters(params)
-        size_mb = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6
-        say(f"✓ {manifest['model']}: {config.num_hidden_layers} layers, {num_parameters / 1e6:.1f}M parameters, {size_mb:.0f} MB\n")
+        config = manifest["config"]
+        say(format_model(manifest, params))
         if args.seq_len > config.max_position_embeddings:
             context = config.max_position_embeddings
             print(f"warning: seq_len {args.seq_len} is beyond the model's context of {context}", file=sys.stderr)
@@ -484,7 +502,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if args.json:
             report = {
-                "model": {"name": manifest["model"], "source": manifest["source"], "parameters": num_parameters},
+                "model": {
+                    "name": manifest["model"],
+                    "source": manifest["source"],
+                    "parameters": count_parameters(params),
+                },
                 "config": describe_config(args, weights_dir, dtype),
                 "schedule": schedule_rows(decisions, model_sparse.schedule, attended),
                 "dense": {"perplexity": dense.perplexity, "compile_s": dense.compile_s},

@@ -35,7 +35,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
 from kascade_core import InputError
@@ -636,6 +636,8 @@ def _sentencepiece_model(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
         raise InputError(f"{path} is neither a SentencePiece model nor LLaMA 3's ranked tokens") from error
     ids = range(model.vocab_size())
     tokenizer = sentencepiece_tokenizer([model.id_to_piece(i) for i in ids], [model.get_score(i) for i in ids])
+    tokenizer.pre_tokenizer = None  # a normalizer instead, for SentencePiece puts its space before a leading one too
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     named = {"unk_token": model.unk_id(), "bos_token": model.bos_id(), "eos_token": model.eos_id()}
     settings = {name: model.id_to_piece(i) for name, i in named.items()}
     _add_special(tokenizer, list(settings.values()))
@@ -741,11 +743,11 @@ def _already_converted(output: Path, source: str, dtype: str, overwrite: bool) -
         manifest = read_manifest(output)
         for key, expected in (("source", source), ("dtype", dtype)):
             if manifest[key] != expected:
-                raise InputError(f"{output} holds a conversion with {key} {manifest[key]}, expected {expected}")
+                raise InputError(f"it was converted with {key} {manifest[key]}, and {expected} is asked for")
         for name in chunk_shapes(manifest["config"]):
-            check_chunk(output / name, manifest["chunks"].get(name, {"bytes": 0}))
-    except InputError as error:
-        raise InputError(f"{error}; --overwrite replaces what is there") from error
+            check_chunk(output / name, manifest["chunks"][name])
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError(f"{output} cannot be kept: {error}; --overwrite replaces it") from error
     return True
 
 

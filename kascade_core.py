@@ -330,7 +330,7 @@ def token_nll(logits_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
 
 
 def compute_perplexity(logits: jax.Array, ids: jax.Array) -> float:
-    """exp of the mean negative log likelihood of ids[:, 1:], each predicted by the logits one place before it.
+    """Exp of the mean negative log likelihood of ids[:, 1:], each predicted by the logits one place before it.
 
     Args:
       logits: float [B, T, V].
@@ -345,7 +345,7 @@ def compute_perplexity(logits: jax.Array, ids: jax.Array) -> float:
 
 
 def perplexity_of(nll: jax.Array) -> float:
-    """exp of the mean of negative log likelihoods (nats); infinite where that overflows."""
+    """Exp of the mean of negative log likelihoods (nats); infinite where that overflows."""
     mean = float(np.mean(np.asarray(nll), dtype=np.float64))
     return math.exp(mean) if mean < 700 else math.inf
 

@@ -75,7 +75,7 @@ def anchor_attention(
 
 
 def matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """einsum with float32 accumulation and result; float32 inputs are not rounded on the way, on any backend."""
+    """Einsum with float32 accumulation and result; float32 inputs are not rounded on the way, on any backend."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 

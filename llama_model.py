@@ -316,7 +316,7 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def rope_table(config: LlamaConfig, positions_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every position's angles, float32 [T, 1, H / 2] each."""
+    """Cos and sin of every position's angles, float32 [T, 1, H / 2] each."""
     angles = positions_T.astype(jnp.float32)[:, None, None] * jnp.asarray(rope_frequencies(config), jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -329,7 +329,7 @@ def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Arra
 
 
 def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 (arXiv 1910.07467)."""
+    """X / sqrt(mean(x^2) + eps) * weight, in float32 (arXiv 1910.07467)."""
     x_BTD = x_BTD.astype(jnp.float32)
     return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True) + eps) * weight_D
 

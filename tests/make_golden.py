@@ -1,8 +1,8 @@
 """Makes the references in tests/golden/ with transformers and torch, so that the tests themselves need neither.
 
-  pip install torch transformers gguf accelerate
-  python tests/make_golden.py logits                 # logits of the small random LLaMAs of synthetic.py
-  python tests/make_golden.py perplexity MODEL.gguf  # the default model's float32 perplexity on the sample text
+pip install torch transformers gguf accelerate
+python tests/make_golden.py logits                 # logits of the small random LLaMAs of synthetic.py
+python tests/make_golden.py perplexity MODEL.gguf  # the default model's float32 perplexity on the sample text
 """
 
 import argparse

@@ -1,6 +1,11 @@
 """Small random LLaMA checkpoints, the same for the script that makes golden logits and for the tests that use them."""
 
+import json
+from pathlib import Path
+
 import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -61,3 +66,23 @@ def hf_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
 def token_ids(name: str) -> np.ndarray:
     """int32 [2, T] for one of HF_CONFIGS."""
     return np.random.default_rng(1).integers(0, HF_CONFIGS[name]["vocab_size"], (2, LENGTHS[name]), dtype=np.int32)
+
+
+def write_hf_folder(folder: Path, name: str, **changes: object) -> Path:
+    """A Hugging Face checkpoint of HF_CONFIGS[name]; its words are "w0", "w1", ...; `changes` go to its config."""
+    config = HF_CONFIGS[name]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]} | changes))
+    save_file(hf_weights(config), folder / "model.safetensors")
+    vocabulary = {f"w{i}": i for i in range(config["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+def repeating_text(num_words: int, vocab_size: int = 41, times: int = 4) -> str:
+    """Words that come several times in a row: a model with tied embeddings expects the word it has just read."""
+    words = np.random.default_rng(2).integers(0, vocab_size, -(-num_words // times)).repeat(times)
+    return " ".join(f"w{word}" for word in words[:num_words])

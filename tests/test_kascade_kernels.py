@@ -64,7 +64,9 @@ def naive_probabilities(q, k, visible, dtype):
 
 def naive_attention(q, k, v, visible, dtype=np.float64):
     """Attention to `visible` [B, K, 1, T, S] in one dtype throughout."""
-    out = np.einsum("BKGTS,BKSH->BTKGH", naive_probabilities(q, k, visible, dtype), np.asarray(v, dtype), dtype=dtype, optimize=True)
+    out = np.einsum(
+        "BKGTS,BKSH->BTKGH", naive_probabilities(q, k, visible, dtype), np.asarray(v, dtype), dtype=dtype, optimize=True
+    )
     return out.reshape(q.shape)
 
 

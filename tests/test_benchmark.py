@@ -1,0 +1,278 @@
+"""The command line: a whole run on a small synthetic model, what it prints and writes, and what bad input earns."""
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import repeating_text, write_hf_folder
+
+import benchmark_kascade_final as benchmark
+from convert_weights import convert
+from kascade_core import NO_TILE
+
+NAME = "mha_llama3_tied"  # four layers, 33 words
+SMALL = ["--tile_size", "4", "--top_k", "3", "--seq_len", "30", "--n_runs", "2", "--threshold", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    root = tmp_path_factory.mktemp("benchmark")
+    convert(write_hf_folder(root / "hf", NAME), root / "weights")
+    return root / "weights"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(repeating_text(70, 33))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(weights, tmp_path_factory):
+    """One whole run: its output and its report."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(repeating_text(70, 33))
+    flags = ["--weights_dir", str(weights), "--text", str(folder / "text.txt"), "--json", str(folder / "out.json")]
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *args, **_: printed.append(" ".join(map(str, args))))
+        assert benchmark.main([*SMALL, "--verbose", *flags]) == 0
+    return "\n".join(printed), json.loads((folder / "out.json").read_text())
+
+
+def test_the_sections_come_in_the_guides_order(finished):
+    output, _ = finished
+    sections = [
+        "⚙️  Configuration:", "🖥️  Configuring JAX to use CPU...", "✓ JAX using", "Loading weights", "(UNSEEN)",
+        "📊 Calibrating on Real Wikipedia Text...", "⚡ Generating Optimized Schedule:", "📋 Final Schedule:",
+        "🏃 Running DENSE Baseline...", "⚡ Running KASCADE Sparse...", "📊 RESULTS ON REAL TEXT:",
+        "Dense Perplexity:", "Sparse Perplexity:", "Degradation:", "⏱️  SPEEDUP BENCHMARK", "📊 Timing Results",
+        "Speedup:",
+    ]  # fmt: skip
+    places = [output.find(section) for section in sections]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+def test_verbose_prints_each_layers_tiles(finished):
+    output, report = finished
+    assert "[Anchor L1] Selected Top-3 Tiles (Head 0): [" in output
+    for row in report["schedule"]:
+        if row["mode"] == "REUSE":
+            assert f"[Reuse  L{row['layer']}] Applied Map (Anchor L{row['anchor']}): H0 uses Anchor H" in output
+    assert "Using 10 sparse tokens (vs 30 full)" in output  # 30 tokens: the last tile of 4 holds 2
+
+
+def test_the_report_holds_the_run(finished):
+    _, report = finished
+    assert {row["mode"] for row in report["schedule"]} == {"DENSE", "ANCHOR", "REUSE"}
+    assert [row["layer"] for row in report["schedule"]] == [0, 1, 2, 3]
+    dense, sparse = report["dense"]["perplexity"], report["sparse"]["perplexity"]
+    assert 1 < dense < 33
+    assert sparse != dense
+    assert report["degradation_pct"] == pytest.approx((sparse / dense - 1) * 100)
+    timing = report["timing"]
+    assert len(timing["dense_ms"]) == len(timing["sparse_ms"]) == 2
+    ratio = statistics.median(timing["dense_ms"]) / statistics.median(timing["sparse_ms"])
+    assert report["speedup"] == pytest.approx(ratio)
+    assert report["config"]["seq_len"] == 30
+    assert {"model", "versions", "device"} <= set(report)
+    # 8 query tiles, at most 3 tiles each: 1 + 2 + 6 * 3 of 36 causal pairs, in each of the three sparse layers
+    assert [row["density"] for row in report["schedule"]] == pytest.approx([1, 21 / 36, 21 / 36, 21 / 36])
+    assert report["density"] == pytest.approx((1 + 3 * 21 / 36) / 4)
+
+
+def test_the_output_says_what_the_report_says(finished):
+    output, report = finished
+    assert f"Dense Perplexity:  {report['dense']['perplexity']:.4f}" in output
+    assert f"Degradation:       {report['degradation_pct']:+.4f}%" in output
+    assert f"Speedup: {report['speedup']:.2f}x" in output
+
+
+def test_quiet_prints_the_results_alone(weights, text, capsys):
+    assert benchmark.main([*SMALL, "--quiet", "--weights_dir", str(weights), "--text", str(text)]) == 0
+    output = capsys.readouterr().out
+    assert "Dense Perplexity" in output
+    assert "Timing Results" in output
+    assert "Configuration" not in output
+    assert "Schedule" not in output
+
+
+@pytest.mark.parametrize(
+    ("degradation", "verdict"),
+    [(1.99, "✅✅✅ SUCCESS! <2%"), (-5.0, "✅✅✅"), (2.0, "❌ FAILED: degradation +2.00%")],
+)
+def test_the_verdict_fails_as_plainly_as_it_passes(degradation, verdict):
+    text = benchmark.format_results(20, 20 * (1 + degradation / 100), degradation, 0.5)
+    assert verdict in text
+    assert ("SUCCESS" in text) != ("FAILED" in text)
+
+
+def test_a_speedup_below_one_is_printed_as_it_is():
+    samples = {"dense": [10.0, 30.0, 20.0], "sparse": [40.0, 20.0, 25.0]}
+    text = benchmark.format_timing(samples, 0.8, "here")
+    assert "Dense:       20.00 ms  [10.00, 30.00]" in text
+    assert "⚠️  Speedup: 0.80x: sparse is no faster here" in text
+    assert "✅ Sparse is 1.25x faster!" in benchmark.format_timing(samples, 1.25, "here")
+
+
+def test_runs_are_interleaved_and_the_warm_up_not_counted():
+    calls = []
+    forwards = {name: lambda name=name: calls.append(name) for name in ("dense", "sparse")}
+    samples = benchmark.time_interleaved(forwards, 3)
+    assert calls == ["dense", "sparse"] * 4
+    assert {name: len(times) for name, times in samples.items()} == {"dense": 3, "sparse": 3}
+
+
+def test_tokens_of_a_partly_filled_last_tile():
+    assert benchmark.count_tokens(np.array([0, 3, 7, NO_TILE]), 4, 30) == 4 + 4 + 2
+
+
+class Words:
+    """A tokenizer of words that are numbers, with or without BOS."""
+
+    def __init__(self, bos=None):
+        self.bos_token_id = bos
+
+    def encode(self, text, add_special_tokens=True):
+        ids = [int(word) for word in text.split()]
+        return ([self.bos_token_id] if add_special_tokens and self.bos_token_id is not None else []) + ids
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    path = tmp_path / "numbers.txt"
+    path.write_text(" ".join(map(str, range(100))))
+    return path
+
+
+def test_calibration_and_test_windows_share_no_token(numbers):
+    calib, test = benchmark.load_windows(Words(), numbers, None, 5, 100)
+    assert calib.tolist() == [[0, 1, 2, 3, 4]]
+    assert test.tolist() == [[5, 6, 7, 8, 9]]
+    other = numbers.with_name("other.txt")
+    other.write_text(" ".join(map(str, range(50, 60))))
+    calib, test = benchmark.load_windows(Words(), numbers, other, 5, 100)
+    assert calib.tolist() == [[50, 51, 52, 53, 54]]
+    assert test.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_each_window_begins_with_bos_where_the_tokenizer_does(numbers):
+    calib, test = benchmark.load_windows(Words(bos=99), numbers, None, 5, 100)
+    assert calib.tolist() == [[99, 0, 1, 2, 3]]
+    assert test.tolist() == [[99, 4, 5, 6, 7]]
+
+
+def test_auto_dtype_follows_the_device():
+    assert benchmark.pick_dtype("float32", "tpu") == "float32"
+    assert benchmark.pick_dtype("auto", "tpu") == "bfloat16"
+    assert benchmark.pick_dtype("auto", "cpu") in ("float32", "bfloat16")
+
+
+# --- Bad input: one sentence on stderr, exit code 2, nothing written ---
+
+
+def refused(capsys, flags):
+    """The one line on stderr of a run that exits with 2."""
+    with pytest.raises(SystemExit) as exit_info:
+        benchmark.main(flags)
+    assert exit_info.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--device", "abacus"], "invalid choice: 'abacus'"),
+        (["--device", "tpu"], "JAX sees no TPU here"),
+        (["--tile_size", "0"], "--tile_size: must be at least 1, got 0"),
+        (["--top_k", "-3"], "--top_k: must be at least 1, got -3"),
+        (["--seq_len", "0"], "--seq_len: must be at least 1, got 0"),
+        (["--seq_len", "1"], "--seq_len: must be at least 2"),
+        (["--n_runs", "0"], "--n_runs: must be at least 1, got 0"),
+        (["--max_reuse_dist", "0"], "--max_reuse_dist: must be at least 1, got 0"),
+        (["--threshold", "1.01"], r"--threshold: must be in [0, 1], got 1.01"),
+        (["--threshold", "nan"], r"--threshold: must be in [0, 1], got nan"),
+        (["--tile_size", "x"], "--tile_size: expected a whole number, got 'x'"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--verbose", "--quiet"], "not allowed with"),
+        (["--weights_dir", "no/such/folder"], "weights folder no/such/folder does not exist"),
+        (["--json", "no/such/folder/out.json"], "cannot write no/such/folder/out.json"),
+    ],
+)
+def test_bad_flags(capsys, flags, sentence):
+    assert sentence in refused(capsys, flags)
+
+
+def test_an_empty_weights_folder(capsys, tmp_path):
+    assert "is empty" in refused(capsys, ["--weights_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"w1 w2 w3", r"text.txt is too short: it has 3 tokens, and 60 are needed"),
+        (b"", "it has 0 tokens, and 60 are needed"),
+        (b"w1 \xff\xfe w2", "text.txt is not UTF-8 (byte 3)"),
+        (None, "text.txt cannot be read: No such file or directory"),
+    ],
+)
+def test_bad_texts(capsys, weights, text, content, sentence):
+    text.unlink()
+    if content is not None:
+        text.write_bytes(content)
+    assert sentence in refused(capsys, [*SMALL, "--weights_dir", str(weights), "--text", str(text)])
+
+
+def test_a_damaged_chunk(capsys, weights, text, tmp_path):
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    (folder / "layer_1.pkl").unlink()
+    line = refused(capsys, [*SMALL, "--weights_dir", str(folder), "--text", str(text)])
+    assert "layer_1.pkl is missing" in line
+
+
+def test_a_folder_without_its_tokenizer(capsys, weights, text, tmp_path):
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    for path in folder.glob("token*"):
+        path.unlink()
+    line = refused(capsys, [*SMALL, "--weights_dir", str(folder), "--text", str(text)])
+    assert "has no usable tokenizer" in line
+
+
+def test_a_model_worse_than_guessing(capsys, weights, text, tmp_path):
+    text.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 33, 70)))
+    report = tmp_path / "out.json"
+    flags = ["--weights_dir", str(weights), "--text", str(text), "--json", str(report)]
+    assert "worse than guessing among the 33 tokens" in refused(capsys, [*SMALL, *flags])
+    assert not report.exists()
+
+
+def test_a_sequence_beyond_the_context_is_a_warning(capsys, weights, text):
+    text.write_text(repeating_text(140, 33, times=35))
+    flags = [*SMALL, "--seq_len", "66", "--n_runs", "1", "--weights_dir", str(weights), "--text", str(text)]
+    assert benchmark.main(flags) == 0
+    assert "warning: seq_len 66 is beyond the model's context of 64" in capsys.readouterr().err
+
+
+def test_without_weights_the_default_ones_are_made_first(capsys, monkeypatch, weights, text, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("convert_weights.convert_default", lambda output: shutil.copytree(weights, output))
+    assert benchmark.main([*SMALL, "--n_runs", "1", "--text", str(text)]) == 0
+    assert "No weights in llama_weights_chunked: fetching and converting SmolLM2" in capsys.readouterr().out
+    assert Path("llama_weights_chunked/manifest.json").is_file()
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text("old")
+    with pytest.raises(TypeError):
+        benchmark.write_json(path, {"a": object()})
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
