@@ -76,14 +76,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def _at_least_one(text: str) -> int:
+def _whole(text: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from error
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
     return value
+
+
+def _at_least_one(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _at_least_zero(text: str) -> int:
+    return _whole(text, least=0)
 
 
 def _share(text: str) -> float:
@@ -102,6 +110,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "tpu", "gpu"])
     parser.add_argument("--tile_size", type=_at_least_one, default=16, help="tokens in a tile (default 16)")
     parser.add_argument("--top_k", type=_at_least_one, default=12, help="tiles kept per query tile (default 12)")
+    parser.add_argument(
+        "--sink_tiles",
+        type=_at_least_zero,
+        default=1,
+        help="first tiles of the text that every query tile keeps, counted among the top_k (default 1)",
+    )
     parser.add_argument("--threshold", type=_share, default=0.65, help="least similarity to reuse (default 0.65)")
     parser.add_argument(
         "--max_reuse_dist",
@@ -257,6 +271,7 @@ def format_configuration(args: argparse.Namespace, dtype: str) -> str:
         f"   Sequence Length:  {args.seq_len}\n"
         f"   Tile Size:        {args.tile_size}\n"
         f"   Top-K Tiles:      {args.top_k}\n"
+        f"   Sink Tiles:       {args.sink_tiles}\n"
         f"   Threshold:        {args.threshold:.2%}\n"
         f"   Max Reuse Dist:   {args.max_reuse_dist}\n"
     )
@@ -389,7 +404,7 @@ def describe_run(args: argparse.Namespace, devices: Sequence[jax.Device], dtype:
 
 def describe_config(args: argparse.Namespace, weights_dir: Path, dtype: str) -> dict[str, Any]:
     """The run's settings as --json holds them, "auto" and defaults resolved."""
-    names = ("tile_size", "top_k", "threshold", "max_reuse_dist", "seq_len", "n_runs")
+    names = ("tile_size", "top_k", "sink_tiles", "threshold", "max_reuse_dist", "seq_len", "n_runs")
     settings = {name: getattr(args, name) for name in names}
     paths = {"weights_dir": weights_dir, "text": args.text, "calib_text": args.calib_text or args.text}
     return {"device": args.device, "dtype": dtype} | settings | {name: str(path) for name, path in paths.items()}
@@ -466,7 +481,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"   Test:        {test_ids.size} tokens of {args.text.name} (UNSEEN)\n")
 
         say("📊 Calibrating on Real Wikipedia Text...")
-        model_dense = LlamaModel(config, dtype=DTYPES[dtype], tile_size=args.tile_size, top_k=args.top_k)
+        sizes = {name: getattr(args, name) for name in ("tile_size", "top_k", "sink_tiles")}
+        model_dense = LlamaModel(config, dtype=DTYPES[dtype], **sizes)
         calibrate_kascade(model_dense, params, calib_ids, args.tile_size, args.top_k)
         calibration = dict(KASCADE_CACHE)
         if args.verbose:

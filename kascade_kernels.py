@@ -31,15 +31,22 @@ def dense_attention(
 
 
 def choose_tiles(
-    q_BTNH: jax.Array, k_BKHS: jax.Array, *, tile_size: int, top_k: int, implementation: str | None = None
+    q_BTNH: jax.Array,
+    k_BKHS: jax.Array,
+    *,
+    tile_size: int,
+    top_k: int,
+    sink_tiles: int = 0,
+    implementation: str | None = None,
 ) -> jax.Array:
     """The Top-K key tiles of each KV head and query tile, by attention mass. Returns tiles_BKQC.
 
     The mass of a key tile is its causal softmax probability (over the whole row, float32), summed over the query
-    tile's rows and over the query heads of the group.
+    tile's rows and over the query heads of the group. A query tile's own tile and the first `sink_tiles` of the
+    sequence are among the chosen whatever their mass.
     """
     _check(q_BTNH, k_BKHS, None, implementation)
-    return _choose_xla(q_BTNH, k_BKHS, tile_size, top_k)
+    return _choose_xla(q_BTNH, k_BKHS, tile_size, top_k, sink_tiles)
 
 
 def reuse_attention(
@@ -66,10 +73,12 @@ def anchor_attention(
     *,
     tile_size: int,
     top_k: int,
+    sink_tiles: int = 0,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses tiles, then attends to them alone. Returns out_BTNH and tiles_BKQC."""
-    tiles_BKQC = choose_tiles(q_BTNH, k_BKHS, tile_size=tile_size, top_k=top_k, implementation=implementation)
+    sizes = {"tile_size": tile_size, "top_k": top_k, "sink_tiles": sink_tiles}
+    tiles_BKQC = choose_tiles(q_BTNH, k_BKHS, **sizes, implementation=implementation)
     out_BTNH = reuse_attention(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, tile_size=tile_size, implementation=implementation)
     return out_BTNH, tiles_BKQC
 
@@ -164,7 +173,7 @@ def _join_blocks(blocks: jax.Array, axis: int) -> jax.Array:
     return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
 
 
-def _choose_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, M: int, top_k: int) -> jax.Array:
+def _choose_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, M: int, top_k: int, sink_tiles: int) -> jax.Array:
     """One pass over the keys: sums exp(score) tile by tile under each block's own maximum, rescaled at the end."""
     B, T, N, _ = q_BTNH.shape
     K, Q = k_BKHS.shape[1], tile_count(T, M)
@@ -196,7 +205,7 @@ def _choose_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, M: int, top_k: int) -> jax
         real_R1 = (block * R + jnp.arange(R) < T)[:, None]  # rows of padding choose nothing
         share_BKGRP = jnp.where(real_R1, share_BKGRP, 0)
         scores_BKXP = share_BKGRP.reshape(B, K, G, X, M, P).sum((2, 4))[..., :Q]
-        return select_tiles(scores_BKXP, top_k, block * X + jnp.arange(X))
+        return select_tiles(scores_BKXP, top_k, sink_tiles, block * X + jnp.arange(X))
 
     return _join_blocks(lax.map(choose, jnp.arange(num_blocks)), 2)[:, :, :Q]
 

@@ -353,6 +353,7 @@ class Attention(nn.Module):
     plan: LayerPlan
     tile_size: int
     top_k: int
+    sink_tiles: int
     calibrate: bool
     dtype: Any
 
@@ -378,7 +379,7 @@ class Attention(nn.Module):
     def _attend(
         self, q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, tiles_BKQC: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        sizes = {"tile_size": self.tile_size, "top_k": self.top_k}
+        sizes = {"tile_size": self.tile_size, "top_k": self.top_k, "sink_tiles": self.sink_tiles}
         if self.plan.mode == ANCHOR:
             return anchor_attention(q_BTNH, k_BKHS, v_BKSH, **sizes)
         if self.plan.mode == REUSE:
@@ -409,6 +410,7 @@ class Block(nn.Module):
     plan: LayerPlan
     tile_size: int
     top_k: int
+    sink_tiles: int
     calibrate: bool
     dtype: Any
 
@@ -416,7 +418,8 @@ class Block(nn.Module):
         D = self.config.hidden_size
         self.attention_norm = self.param("attention_norm", nn.initializers.ones, (D,))
         self.ffn_norm = self.param("ffn_norm", nn.initializers.ones, (D,))
-        self.attention = Attention(self.config, self.plan, self.tile_size, self.top_k, self.calibrate, self.dtype)
+        sizes = (self.tile_size, self.top_k, self.sink_tiles)
+        self.attention = Attention(self.config, self.plan, *sizes, self.calibrate, self.dtype)
         self.feed_forward = FeedForward(self.config, self.dtype)
 
     def __call__(
@@ -440,6 +443,7 @@ class LlamaModel(nn.Module):
       schedule: as above; held as a tuple of `LayerPlan`.
       tile_size: tokens in a tile, at least 1.
       top_k: tiles that an anchor keeps per query tile and KV head, at least 1.
+      sink_tiles: the sequence's first tiles, kept by every anchor whatever their mass; they count among the top_k.
       calibrate: dense layers choose and sow tiles as well, and attend to everything all the same.
       dtype: of the inputs of every matrix product; sums, norms, softmax and loss are float32.
     """
@@ -448,6 +452,7 @@ class LlamaModel(nn.Module):
     schedule: Any = None
     tile_size: int = 16
     top_k: int = 12
+    sink_tiles: int = 0
     calibrate: bool = False
     dtype: Any = jnp.float32
 
@@ -465,8 +470,9 @@ class LlamaModel(nn.Module):
         self.norm = self.param("norm", nn.initializers.ones, (D,))
         if not self.config.tie_word_embeddings:
             self.output = self.param("output", _matrix_init, (D, V))
+        sizes = (self.tile_size, self.top_k, self.sink_tiles)
         self.layer = [  # the list gives its modules the names layer_0, layer_1, ...
-            Block(self.config, plan, self.tile_size, self.top_k, self.calibrate, self.dtype) for plan in self.schedule
+            Block(self.config, plan, *sizes, self.calibrate, self.dtype) for plan in self.schedule
         ]
 
     def hidden_states(self, ids_BT: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Makes tests/golden/smollm2_tokenizer.json: what transformers reads out of the default model's GGUF file.
 
-  pip install torch transformers gguf
-  python tests/make_golden_tokenizer.py MODEL.gguf
+pip install torch transformers gguf
+python tests/make_golden_tokenizer.py MODEL.gguf
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     golden = {
         "tokens": len(tokenizer),
         "special": tokenizer.special_tokens_map,
-        "chat": tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False),
+        "chat_template": tokenizer.chat_template,
         "texts": [[text, tokenizer.encode(text)] for text in TEXTS],
     }
     GOLDEN.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")

@@ -34,6 +34,14 @@ def test_select_tiles_places_a_block_of_query_tiles_in_the_sequence():
     np.testing.assert_array_equal(chosen, tiles([0, 1], [0, 3]))
 
 
+def test_select_tiles_keeps_the_sinks_before_the_best_but_after_the_own_tile():
+    scores = jnp.array([[[[0.0, 1.0, 4.0, 3.0]] * 4]])
+    chosen = core.select_tiles(scores, top_k=2, sink_tiles=1)
+    np.testing.assert_array_equal(chosen, tiles([0, X], [0, 1], [0, 2], [0, 3]))
+    chosen = core.select_tiles(scores, top_k=1, sink_tiles=1)
+    np.testing.assert_array_equal(chosen, tiles([0], [1], [2], [3]))
+
+
 def test_select_tiles_with_more_slots_than_tiles_keeps_all():
     chosen = core.select_tiles(jnp.zeros((1, 1, 2, 2)), top_k=9)
     np.testing.assert_array_equal(chosen, tiles([0, X], [0, 1]))

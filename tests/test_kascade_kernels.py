@@ -13,22 +13,23 @@ import kascade_kernels as kernels
 from kascade_core import NO_TILE, tile_count
 from kascade_kernels import IMPLEMENTATIONS
 
-# B, T, N, K, H, tile size, Top-K: grouped, multi-query and multi-head; lengths that are no multiple of the tile, below
-# one tile, and of one token.
+# B, T, N, K, H, tile size, Top-K, and the block that the kernels work in: grouped, multi-query and multi-head; lengths
+# of several blocks, that are no multiple of the tile, below one tile, and of one token.
 SHAPES = [
-    (2, 61, 6, 2, 10, 4, 3),
-    (1, 64, 4, 1, 8, 16, 2),
-    (1, 7, 3, 3, 12, 16, 5),
-    (2, 1, 4, 2, 6, 3, 1),
-    (1, 150, 2, 1, 4, 16, 4),
+    (2, 61, 6, 2, 10, 4, 3, 32),
+    (1, 64, 4, 1, 8, 16, 2, 256),
+    (1, 7, 3, 3, 12, 16, 5, 256),
+    (2, 1, 4, 2, 6, 3, 1, 256),
+    (1, 150, 2, 1, 4, 16, 4, 64),
 ]
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 
-@pytest.fixture(params=[32, 256], autouse=True)
-def block(request, monkeypatch):
-    """Small blocks make small inputs span many of them."""
-    monkeypatch.setattr(kernels, "BLOCK", request.param)
+@pytest.fixture(autouse=True)
+def small_blocks(request, monkeypatch):
+    """Small blocks make small inputs span several of them."""
+    shape = request.node.callspec.params.get("shape", SHAPES[0]) if hasattr(request.node, "callspec") else SHAPES[0]
+    monkeypatch.setattr(kernels, "BLOCK", shape[-1])
 
 
 def jitted(function):
@@ -86,7 +87,7 @@ def visible_tiles(tiles, tile_size, T):
 
 def random_tiles(shape, seed=0):
     """Any causal choice with the own tile in it, sorted, with unused slots also where there were tiles to take."""
-    B, T, _, K, _, tile_size, top_k = shape
+    B, T, _, K, _, tile_size, top_k = shape[:7]
     Q = tile_count(T, tile_size)
     rng = np.random.default_rng(seed)
     tiles = np.full((B, K, Q, min(top_k, Q)), NO_TILE, np.int32)
@@ -132,14 +133,17 @@ def test_reuse_equals_naive_over_the_chosen_tiles(shape, dtype, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chosen_tiles_are_those_of_a_naive_pooling(shape, implementation):
-    B, T, N, K, _, tile_size, top_k = shape
+@pytest.mark.parametrize("sink_tiles", [0, 1])
+def test_chosen_tiles_are_those_of_a_naive_pooling(shape, sink_tiles, implementation):
+    B, T, N, K, _, tile_size, top_k = shape[:7]
     q, k, _ = inputs(shape, jnp.float32)
     Q = tile_count(T, tile_size)
-    got = np.asarray(choose_tiles(q, k, tile_size=tile_size, top_k=top_k, implementation=implementation))
+    sizes = {"tile_size": tile_size, "top_k": top_k, "sink_tiles": sink_tiles, "implementation": implementation}
+    got = np.asarray(choose_tiles(q, k, **sizes))
     mass = np.zeros((B, K, N // K, Q * tile_size, Q * tile_size))
     mass[..., :T, :T] = naive_probabilities(q, k, causal(T), np.float64)
     mass = mass.reshape(B, K, N // K, Q, tile_size, Q, tile_size).sum((2, 4, 6))
+    mass[..., :sink_tiles] = np.inf
     assert got.shape == (B, K, Q, min(top_k, Q))
     for b, h, t in np.ndindex(B, K, Q):
         others = np.argsort(-mass[b, h, t, :t], kind="stable")[: top_k - 1]
