@@ -190,7 +190,9 @@ def read_manifest(weights_dir: Path) -> dict[str, Any]:
         if version != FORMAT_VERSION:
             raise InputError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}")
         manifest["config"] = LlamaConfig.from_dict(manifest["config"])
-        return manifest | {key: manifest[key] for key in ("model", "dtype", "source", "chunks")}
+        for entry in manifest["chunks"].values():
+            entry["bytes"], entry["sha256"]
+        return manifest | {key: manifest[key] for key in ("model", "dtype", "source")}
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); convert the model anew") from error
 

@@ -1,10 +1,17 @@
 """Fixtures that several test files share."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 DEFAULT_WEIGHTS = Path(__file__).parents[1] / "llama_weights_chunked"
+
+
+def pytest_configure(config):
+    """Synthetic models take far longer to compile than to run, so their code is left unoptimised."""
+    if config.option.markexpr == "not real_model":
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="session")

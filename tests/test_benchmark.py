@@ -192,6 +192,7 @@ def refused(capsys, flags):
     [
         (["--device", "abacus"], "invalid choice: 'abacus'"),
         (["--device", "tpu"], "JAX sees no TPU here"),
+        (["--device", "gpu"], "JAX sees no GPU here"),
         (["--tile_size", "0"], "--tile_size: must be at least 1, got 0"),
         (["--top_k", "-3"], "--top_k: must be at least 1, got -3"),
         (["--seq_len", "0"], "--seq_len: must be at least 1, got 0"),
@@ -254,11 +255,13 @@ def test_a_model_worse_than_guessing(capsys, weights, text, tmp_path):
     assert not report.exists()
 
 
-def test_a_sequence_beyond_the_context_is_a_warning(capsys, weights, text):
-    text.write_text(repeating_text(140, 33, times=35))
-    flags = [*SMALL, "--seq_len", "66", "--n_runs", "1", "--weights_dir", str(weights), "--text", str(text)]
-    assert benchmark.main(flags) == 0
-    assert "warning: seq_len 66 is beyond the model's context of 64" in capsys.readouterr().err
+def test_a_sequence_beyond_the_context_is_a_warning(capsys, weights, text, tmp_path):
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"]["max_position_embeddings"] = 29
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert benchmark.main([*SMALL, "--n_runs", "1", "--weights_dir", str(folder), "--text", str(text)]) == 0
+    assert "warning: seq_len 30 is beyond the model's context of 29" in capsys.readouterr().err
 
 
 def test_without_weights_the_default_ones_are_made_first(capsys, monkeypatch, weights, text, tmp_path):

@@ -294,6 +294,13 @@ def test_a_manifest_that_makes_no_sense(folder, change, match):
         load_weights(folder)
 
 
+@pytest.mark.parametrize("chunks", [[], {"layer_0.pkl": 3}, {"layer_0.pkl": {"bytes": 3}}])
+def test_a_manifest_whose_chunks_are_damaged(folder, chunks):
+    edit_manifest(folder, chunks=chunks)
+    with pytest.raises(InputError, match="manifest.json is damaged"):
+        load_weights(folder)
+
+
 def test_a_missing_chunk(folder):
     (folder / "layer_1.pkl").unlink()
     with pytest.raises(InputError, match="layer_1.pkl is missing"):
