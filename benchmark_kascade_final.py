@@ -52,6 +52,7 @@ from kascade_core import (
     compile_forward,
     decide_schedule,
     density_of,
+    make_mesh,
     perplexity_of,
     publish_tiles,
     similarity_matrix,
@@ -156,8 +157,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def configure_device(device: str) -> list[jax.Device]:
-    """Makes JAX compute on `device` ("cpu", "tpu" or "gpu"). Raises InputError where JAX sees none."""
+    """Makes JAX compute on `device` ("cpu", "tpu" or "gpu"). Raises InputError where JAX sees none.
+
+    Every CPU core becomes a device: XLA's own threads inside one device leave much of a machine idle.
+    """
     jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
+    with contextlib.suppress(RuntimeError):  # JAX is running already, and keeps the devices it has
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     try:
         return jax.devices(device)
     except RuntimeError as error:
@@ -239,12 +245,12 @@ class Run:
     forward: Callable[[], Any]  # runs it once more, without waiting for the device
 
 
-def run_model(model: LlamaModel, params: Any, ids: jax.Array) -> Run:
+def run_model(model: LlamaModel, params: Any, ids: jax.Array, mesh: jax.sharding.Mesh) -> Run:
     """Compiles and runs `model` on ids; KASCADE_CACHE then holds the tiles that its anchors chose."""
-    compiled, compile_s = compile_forward(model, params, ids, "next_token_nll")
+    compiled, compile_s = compile_forward(model, params, ids, "next_token_nll", mesh)
     nll, sown = compiled(params, ids)
     publish_tiles(sown)
-    return Run(perplexity_of(nll), compile_s, lambda: compiled(params, ids))
+    return Run(perplexity_of(nll[:, :-1]), compile_s, lambda: compiled(params, ids))
 
 
 def time_interleaved(forwards: Mapping[str, Callable[[], Any]], n_runs: int) -> dict[str, list[float]]:
@@ -462,12 +468,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         ids = [device.id for device in devices]
         say(f"✓ JAX using {len(devices)} {args.device.upper()} device(s): {ids}\n")
 
+        mesh = make_mesh(devices)
+
         weights_dir = args.weights_dir or DEFAULT_WEIGHTS
         if args.weights_dir is None and not weights_dir.exists():
             say(f"📦 No weights in {weights_dir}: fetching and converting {convert_weights.DEFAULT_MODEL}...")
             convert_weights.convert_default(weights_dir)
         say(f"📦 Loading weights from {weights_dir}...")
-        manifest, params = load_weights(weights_dir, DTYPES[dtype])
+        manifest, params = load_weights(weights_dir, DTYPES[dtype], mesh)
         config = manifest["config"]
         say(format_model(manifest, params))
         if args.seq_len > config.max_position_embeddings:
@@ -483,7 +491,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("📊 Calibrating on Real Wikipedia Text...")
         sizes = {name: getattr(args, name) for name in ("tile_size", "top_k", "sink_tiles")}
         model_dense = LlamaModel(config, dtype=DTYPES[dtype], **sizes)
-        calibrate_kascade(model_dense, params, calib_ids, args.tile_size, args.top_k)
+        calibrate_kascade(model_dense, params, calib_ids, args.tile_size, args.top_k, mesh)
         calibration = dict(KASCADE_CACHE)
         if args.verbose:
             say("\n".join(format_chosen(layer, tiles) for layer, tiles in calibration.items()))
@@ -494,13 +502,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(format_schedule(decisions, args.threshold, args.max_reuse_dist))
 
         say("🏃 Running DENSE Baseline...")
-        dense = run_model(model_dense, params, test_ids)
+        dense = run_model(model_dense, params, test_ids, mesh)
         check_perplexity(dense.perplexity, config.vocab_size)
         say(f"  All {tile_count(args.seq_len, args.tile_size)} tiles in every layer\n")
 
         say("⚡ Running KASCADE Sparse...")
         model_sparse = model_dense.clone(schedule=schedule)
-        sparse = run_model(model_sparse, params, test_ids)
+        sparse = run_model(model_sparse, params, test_ids, mesh)
         attended = attended_tiles(model_sparse.schedule, KASCADE_CACHE)
         if args.verbose:
             say(format_sparse_layers(model_sparse.schedule, attended, args.tile_size, args.seq_len))

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 NO_TILE = int(np.iinfo(np.int32).max)  # an unused slot: beyond every index, so that an ascending sort puts it last
 DENSE, ANCHOR, REUSE = "DENSE", "ANCHOR", "REUSE"
@@ -278,19 +279,126 @@ def attended_tiles(
     return attended
 
 
+# --- Where the work is split ---
+
+AXIS = "tiles"  # the mesh's one axis: query tiles; keys and values are gathered to every device
+BLOCK = 256  # tokens in a block of queries or of keys, at most: its scores stay in a core's cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A sequence padded to equal blocks of whole tiles, dealt out to the shards of the mesh's axis.
+
+    The deal goes forth and back (shards 0 1 2 2 1 0 0 1 ...), so that each gets as many causal pairs as the others.
+
+    Attributes:
+      length: real tokens; those after them are padding.
+      block: tokens in a block, a multiple of the tile size.
+      num_blocks: blocks of all shards together, the same number in each.
+      num_shards: devices on the axis.
+    """
+
+    length: int
+    block: int
+    num_blocks: int
+    num_shards: int = 1
+
+    @classmethod
+    def of(cls, length: int, tile_size: int = 1, num_shards: int = 1) -> Layout:
+        """The layout with the fewest blocks of at most BLOCK tokens (or one tile, if that is larger)."""
+        per_shard = tile_count(length, num_shards * max(BLOCK // tile_size, 1) * tile_size)
+        if num_shards > 1 and length > 2 * num_shards * tile_size:
+            per_shard += per_shard % 2  # an even number, so that forth and back balance
+        num_blocks = per_shard * num_shards
+        block = tile_count(tile_count(length, num_blocks), tile_size) * tile_size
+        return cls(length, block, num_blocks, num_shards)
+
+    @property
+    def padded(self) -> int:
+        """Tokens with padding, over all shards."""
+        return self.block * self.num_blocks
+
+    def deal(self) -> np.ndarray:
+        """int [num_shards, blocks a shard]: which blocks each shard has, in its order."""
+        rounds = np.arange(self.num_blocks).reshape(-1, self.num_shards)
+        rounds[1::2] = rounds[1::2, ::-1]
+        return rounds.T
+
+    def local_blocks(self) -> jax.Array:
+        """int32 [blocks a shard]: the blocks of the shard that asks, inside `jax.shard_map`."""
+        shard = jax.lax.axis_index(AXIS) if self.num_shards > 1 else 0
+        return jnp.asarray(self.deal(), jnp.int32)[shard]
+
+    def local_positions(self) -> jax.Array:
+        """int32: the place in the sequence of each token of the shard that asks."""
+        return (self.local_blocks()[:, None] * self.block + jnp.arange(self.block)).reshape(-1)
+
+    def spread(self, x: jax.Array, axis: int) -> jax.Array:
+        """Pads an axis of real tokens and puts its blocks in the order of the deal."""
+        x = pad_axis(x, axis, self.padded)
+        return self._take_blocks(x, axis, self.deal().reshape(-1))
+
+    def collect(self, x: jax.Array, axis: int) -> jax.Array:
+        """Puts an axis of dealt blocks (of tokens or of tiles) back in the order of the sequence, padding included."""
+        return self._take_blocks(x, axis, np.argsort(self.deal().reshape(-1)))
+
+    def _take_blocks(self, x: jax.Array, axis: int, order: np.ndarray) -> jax.Array:
+        if self.num_shards == 1:
+            return x
+        shape = x.shape
+        blocks = x.reshape(*shape[:axis], self.num_blocks, -1, *shape[axis + 1 :])
+        return jnp.take(blocks, order, axis=axis).reshape(shape)
+
+
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """All devices on one axis, over which query tiles are dealt."""
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def pad_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """Zeros after the end of one axis, up to `length`."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
 # --- Running a model ---
 
 
-def compile_forward(model: Any, params: Any, input_ids: jax.Array, method: str) -> tuple[Callable[..., Any], float]:
-    """Compiles `model.apply(params, input_ids, method=method)` for these shapes: the one place that jits.
+def compile_forward(
+    model: Any, params: Any, input_ids: jax.Array, method: str, mesh: Mesh | None = None
+) -> tuple[Callable[..., Any], float]:
+    """Compiles one of the model's methods for these shapes: the one place that jits.
+
+    Args:
+      model: a Flax module with the fields `tile_size` and `layout`, such as LlamaModel.
+      params: its variables, on every device of the mesh.
+      input_ids: int32 [B, T].
+      method: "next_token_nll" or "hidden_states": takes this shard's tokens, and for each the one that follows.
+      mesh: one axis called AXIS; without it everything is done on one device.
 
     Returns:
-      The compiled function (params, input_ids) -> (output, sown), `sown` being what the layers put into the collection
-      "kascade"; and the seconds that tracing and compiling took.
+      The compiled function (params, input_ids) -> (output [B, T, ...], sown), `sown` being what the layers put into the
+      collection "kascade", both in the order of the sequence; and the seconds that tracing and compiling took.
     """
+    length = input_ids.shape[1]
+    layout = Layout.of(length, model.tile_size, mesh.shape[AXIS] if mesh else 1)
+    model = model.clone(layout=layout)
+    num_tiles = tile_count(length, model.tile_size)
+
+    def local(params: Any, ids: jax.Array, next_ids: jax.Array) -> tuple[Any, Any]:
+        return model.apply(params, ids, next_ids, method=method, mutable=["kascade"])
+
+    if mesh:
+        tokens, tiles = PartitionSpec(None, AXIS), PartitionSpec(None, None, AXIS)
+        specs = {"in_specs": (PartitionSpec(), tokens, tokens), "out_specs": (tokens, tiles)}
+        local = jax.shard_map(local, mesh=mesh, **specs, check_vma=False)
 
     def forward(params: Any, input_ids: jax.Array) -> tuple[Any, Any]:
-        return model.apply(params, input_ids, method=method, mutable=["kascade"])
+        next_ids = jnp.roll(input_ids, -1, axis=1)
+        output, sown = local(params, layout.spread(input_ids, 1), layout.spread(next_ids, 1))
+        sown = jax.tree.map(lambda tiles: layout.collect(tiles, 2)[:, :, :num_tiles], sown)
+        return layout.collect(output, 1)[:, :length], sown
 
     start = time.perf_counter()
     compiled = jax.jit(forward).lower(params, input_ids).compile()
@@ -307,7 +415,9 @@ def publish_tiles(sown: Mapping[str, Any]) -> None:
     KASCADE_CACHE.update(sorted(chosen.items()))
 
 
-def calibrate_kascade(model: Any, params: Any, input_ids: jax.Array, tile_size: int, top_k: int) -> None:
+def calibrate_kascade(
+    model: Any, params: Any, input_ids: jax.Array, tile_size: int, top_k: int, mesh: Mesh | None = None
+) -> None:
     """Runs `model` densely while every layer also chooses its Top-K tiles, and leaves them in KASCADE_CACHE.
 
     Args:
@@ -317,9 +427,10 @@ def calibrate_kascade(model: Any, params: Any, input_ids: jax.Array, tile_size: 
       input_ids: int32 [B, T].
       tile_size: tokens.
       top_k: tiles.
+      mesh: as for `compile_forward`.
     """
     observer = model.clone(schedule=None, calibrate=True, tile_size=tile_size, top_k=top_k)
-    forward, _ = compile_forward(observer, params, input_ids, "hidden_states")
+    forward, _ = compile_forward(observer, params, input_ids, "hidden_states", mesh)
     _, sown = forward(params, input_ids)
     publish_tiles(sown)
 

@@ -1,9 +1,12 @@
 """Dense, anchor and reuse attention, made fast: one public function each, one implementation per backend.
 
 Every function takes q_BTNH, k_BKHS (keys transposed: their product with the queries is several times faster that way
-on a CPU) and v_BKSH, all of one dtype, with T = S = the sequence, of any length. Scores, softmax and sums are float32
-whatever that dtype is; the output has the dtype of q. Letters as in kascade_core; besides them R is the rows of a
-block of queries, W the width of a block of keys, X the query tiles in a block.
+on a CPU) and v_BKSH, all of one dtype. Scores, softmax and sums are float32 whatever that dtype is; the output has the
+dtype of q. Letters as in kascade_core; besides them R is the rows of a block of queries, W the width of a block of
+keys, X the query tiles in a block, J the blocks of one device.
+
+Without a `layout`, T = S = the sequence, of any length. With one, the call stands inside `jax.shard_map`: q and tiles
+are this shard's dealt blocks, keys and values the whole padded sequence (see `gather_keys`).
 
 `implementation=None` takes the best one for the backend; a name forces it.
 """
@@ -16,18 +19,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kascade_core import NO_TILE, select_tiles, tile_count
+from kascade_core import AXIS, NO_TILE, Layout, pad_axis, select_tiles, tile_count
 
 IMPLEMENTATIONS = ("xla",)
-BLOCK = 256  # tokens in a block of queries or of keys, so that a block's scores stay in a core's cache
 
 
 def dense_attention(
-    q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, *, implementation: str | None = None
+    q_BTNH: jax.Array,
+    k_BKHS: jax.Array,
+    v_BKSH: jax.Array,
+    *,
+    layout: Layout | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Full causal attention, softmax(q k / sqrt(H)) v. Returns out_BTNH."""
-    _check(q_BTNH, k_BKHS, v_BKSH, implementation)
-    return _dense_xla(q_BTNH, k_BKHS, v_BKSH)
+    T = q_BTNH.shape[1]
+    layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, 1, layout, implementation)
+    return _dense_xla(q_BTNH, k_BKHS, v_BKSH, layout)[:, :T]
 
 
 def choose_tiles(
@@ -37,6 +45,7 @@ def choose_tiles(
     tile_size: int,
     top_k: int,
     sink_tiles: int = 0,
+    layout: Layout | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """The Top-K key tiles of each KV head and query tile, by attention mass. Returns tiles_BKQC.
@@ -45,8 +54,9 @@ def choose_tiles(
     tile's rows and over the query heads of the group. A query tile's own tile and the first `sink_tiles` of the
     sequence are among the chosen whatever their mass.
     """
-    _check(q_BTNH, k_BKHS, None, implementation)
-    return _choose_xla(q_BTNH, k_BKHS, tile_size, top_k, sink_tiles)
+    Q = tile_count(q_BTNH.shape[1], tile_size)
+    layout, q_BTNH, k_BKHS, _ = _prepare(q_BTNH, k_BKHS, None, tile_size, layout, implementation)
+    return _choose_xla(q_BTNH, k_BKHS, tile_size, top_k, sink_tiles, layout)[:, :, :Q]
 
 
 def reuse_attention(
@@ -56,14 +66,17 @@ def reuse_attention(
     tiles_BKQC: jax.Array,
     *,
     tile_size: int,
+    layout: Layout | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Causal attention to the given tiles only: those are gathered, no other key is touched. Returns out_BTNH."""
-    _check(q_BTNH, k_BKHS, v_BKSH, implementation)
-    expected = (*k_BKHS.shape[:2], tile_count(q_BTNH.shape[1], tile_size))
+    T = q_BTNH.shape[1]
+    expected = (*k_BKHS.shape[:2], tile_count(T, tile_size))
     if tiles_BKQC.ndim != 4 or tiles_BKQC.shape[:3] != expected:
         raise ValueError(f"tiles: expected [B, K, Q, C] with B, K, Q = {expected}, got {tiles_BKQC.shape}")
-    return _reuse_xla(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, tile_size)
+    layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, tile_size, layout, implementation)
+    tiles_BKQC = pad_axis(tiles_BKQC, 2, q_BTNH.shape[1] // tile_size)
+    return _reuse_xla(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, tile_size, layout)[:, :T]
 
 
 def anchor_attention(
@@ -74,52 +87,66 @@ def anchor_attention(
     tile_size: int,
     top_k: int,
     sink_tiles: int = 0,
+    layout: Layout | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses tiles, then attends to them alone. Returns out_BTNH and tiles_BKQC."""
-    sizes = {"tile_size": tile_size, "top_k": top_k, "sink_tiles": sink_tiles}
-    tiles_BKQC = choose_tiles(q_BTNH, k_BKHS, **sizes, implementation=implementation)
-    out_BTNH = reuse_attention(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, tile_size=tile_size, implementation=implementation)
-    return out_BTNH, tiles_BKQC
+    where = {"tile_size": tile_size, "layout": layout, "implementation": implementation}
+    tiles_BKQC = choose_tiles(q_BTNH, k_BKHS, top_k=top_k, sink_tiles=sink_tiles, **where)
+    return reuse_attention(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, **where), tiles_BKQC
+
+
+def gather_keys(x: jax.Array, axis: int, layout: Layout) -> jax.Array:
+    """Keys or values of all shards, in the order of the sequence, along the time axis of this shard's own."""
+    if layout.num_shards == 1:
+        return x
+    return layout.collect(lax.all_gather(x, AXIS, axis=axis, tiled=True), axis)
 
 
 def matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Einsum with float32 accumulation and result; float32 inputs are not rounded on the way, on any backend."""
+    """einsum with float32 accumulation and result; float32 inputs are not rounded on the way, on any backend."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _check(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array | None, implementation: str | None) -> None:
+def _prepare(
+    q_BTNH: jax.Array,
+    k_BKHS: jax.Array,
+    v_BKSH: jax.Array | None,
+    tile_size: int,
+    layout: Layout | None,
+    implementation: str | None,
+) -> tuple[Layout, jax.Array, jax.Array, jax.Array | None]:
+    """Checks the shapes; where no layout was given, makes one and pads to it."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise NotImplementedError(f"attention implementation {implementation!r}: known are {IMPLEMENTATIONS}")
     B, T, N, H = q_BTNH.shape
-    K = k_BKHS.shape[1]
-    if k_BKHS.shape != (B, K, H, T) or N % K:
-        raise ValueError(f"keys: expected [{B}, K, {H}, {T}] with K dividing {N} query heads, got {k_BKHS.shape}")
-    if v_BKSH is not None and v_BKSH.shape != (B, K, T, H):
-        raise ValueError(f"values: expected {(B, K, T, H)}, got {v_BKSH.shape}")
+    K, S = k_BKHS.shape[1], layout.padded if layout else T
+    if k_BKHS.shape != (B, K, H, S) or N % K:
+        raise ValueError(f"keys: expected [{B}, K, {H}, {S}] with K dividing {N} query heads, got {k_BKHS.shape}")
+    if v_BKSH is not None and v_BKSH.shape != (B, K, S, H):
+        raise ValueError(f"values: expected {(B, K, S, H)}, got {v_BKSH.shape}")
+    if layout:
+        return layout, q_BTNH, k_BKHS, v_BKSH
+    layout = Layout.of(T, tile_size)
+    v_BKSH = None if v_BKSH is None else pad_axis(v_BKSH, 2, layout.padded)
+    return layout, pad_axis(q_BTNH, 1, layout.padded), pad_axis(k_BKHS, 3, layout.padded), v_BKSH
 
 
 # --- XLA ---
 
 
-def _group_queries(q_BTNH: jax.Array, num_kv_heads: int, length: int) -> jax.Array:
-    """q_BKGTH, its time padded with zeros to `length`."""
+def _group_queries(q_BTNH: jax.Array, num_kv_heads: int, num_blocks: int) -> jax.Array:
+    """q_JBKGRH: J blocks of R rows, for `lax.map` to go through."""
     B, T, N, H = q_BTNH.shape
-    q_BTKGH = q_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
-    return _pad(q_BTKGH, 1, length).transpose(0, 2, 3, 1, 4)
+    q_BJRKGH = q_BTNH.reshape(B, num_blocks, T // num_blocks, num_kv_heads, N // num_kv_heads, H)
+    return q_BJRKGH.transpose(1, 0, 3, 4, 2, 5)
 
 
-def _ungroup(out_BKGTH: jax.Array, length: int) -> jax.Array:
+def _ungroup(out_JBKGRH: jax.Array) -> jax.Array:
     """The inverse of `_group_queries`."""
-    B, K, G, _, H = out_BKGTH.shape
-    return out_BKGTH[:, :, :, :length].transpose(0, 3, 1, 2, 4).reshape(B, length, K * G, H)
-
-
-def _pad(x: jax.Array, axis: int, length: int) -> jax.Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, length - x.shape[axis])
-    return jnp.pad(x, widths)
+    J, B, K, G, R, H = out_JBKGRH.shape
+    return out_JBKGRH.transpose(1, 0, 4, 2, 3, 5).reshape(B, J * R, K * G, H)
 
 
 def _slice(x: jax.Array, axis: int, block: jax.Array, size: int) -> jax.Array:
@@ -138,16 +165,12 @@ def _scores(q_BKGRH: jax.Array, k_BKHW: jax.Array, mask: jax.Array | None) -> ja
     return scores_BKGRW if mask is None else jnp.where(mask, scores_BKGRW, -jnp.inf)
 
 
-def _dense_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array) -> jax.Array:
+def _dense_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout) -> jax.Array:
     """Online softmax over square blocks on and below the diagonal (Milakov & Gimelshein, arXiv 1805.02867)."""
-    T, K = q_BTNH.shape[1], k_BKHS.shape[1]
-    R = min(BLOCK, T)
-    num_blocks = tile_count(T, R)
-    q_BKGTH = _group_queries(q_BTNH, K, num_blocks * R)
-    k_BKHS, v_BKSH = _pad(k_BKHS, 3, num_blocks * R), _pad(v_BKSH, 2, num_blocks * R)
+    R, blocks_J = layout.block, layout.local_blocks()
 
-    def attend(block: jax.Array) -> jax.Array:
-        q_BKGRH = _slice(q_BKGTH, 3, block, R)
+    def attend(block_and_queries: tuple[jax.Array, jax.Array]) -> jax.Array:
+        block, q_BKGRH = block_and_queries
 
         def step(key_block, carry, mask):
             top, total, out = carry
@@ -163,73 +186,64 @@ def _dense_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array) -> jax.A
         _, total, out = _fold_causal(step, block, empty, R)
         return (out / total[..., None]).astype(q_BTNH.dtype)
 
-    out_BKGTH = _join_blocks(lax.map(attend, jnp.arange(num_blocks)), 3)
-    return _ungroup(out_BKGTH, T)
+    q_JBKGRH = _group_queries(q_BTNH, k_BKHS.shape[1], len(blocks_J))
+    return _ungroup(lax.map(attend, (blocks_J, q_JBKGRH)))
 
 
-def _join_blocks(blocks: jax.Array, axis: int) -> jax.Array:
-    """[blocks, ...] as `lax.map` stacks them, laid end to end along `axis` of one block."""
-    moved = jnp.moveaxis(blocks, 0, axis)
-    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
-
-
-def _choose_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, M: int, top_k: int, sink_tiles: int) -> jax.Array:
+def _choose_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, M: int, top_k: int, sink_tiles: int, layout: Layout) -> jax.Array:
     """One pass over the keys: sums exp(score) tile by tile under each block's own maximum, rescaled at the end."""
-    B, T, N, _ = q_BTNH.shape
-    K, Q = k_BKHS.shape[1], tile_count(T, M)
-    X = max(1, min(BLOCK // M, Q))
-    R, num_blocks = X * M, tile_count(Q, X)
-    G, P = N // K, num_blocks * X
-    q_BKGTH = _group_queries(q_BTNH, K, num_blocks * R)
-    k_BKHS = _pad(k_BKHS, 3, num_blocks * R)
+    R, blocks_J, num_tiles = layout.block, layout.local_blocks(), tile_count(layout.length, M)
+    X, P = R // M, layout.padded // M
 
-    def choose(block: jax.Array) -> jax.Array:
-        q_BKGRH = _slice(q_BKGTH, 3, block, R)
+    def choose(block_and_queries: tuple[jax.Array, jax.Array]) -> jax.Array:
+        block, q_BKGRH = block_and_queries
+        rows = q_BKGRH.shape[:-1]
 
         def step(key_block, carry, mask):
-            tops_BKGRJ, mass_BKGRP = carry
+            tops_BKGRW, mass_BKGRP = carry
             scores = _scores(q_BKGRH, _slice(k_BKHS, 3, key_block, R), mask)
             top = scores.max(-1, keepdims=True)
-            mass = jnp.exp(scores - top).reshape(B, K, G, R, X, M).sum(-1)
+            mass = jnp.exp(scores - top).reshape(*rows, X, M).sum(-1)
             return (
-                lax.dynamic_update_slice_in_dim(tops_BKGRJ, top, key_block, 4),
+                lax.dynamic_update_slice_in_dim(tops_BKGRW, top, key_block, 4),
                 lax.dynamic_update_slice_in_dim(mass_BKGRP, mass, key_block * X, 4),
             )
 
-        rows = (B, K, G, R)
-        empty = (jnp.full((*rows, num_blocks), -jnp.inf), jnp.zeros((*rows, P)))
-        tops_BKGRJ, mass_BKGRP = _fold_causal(step, block, empty, R)
-        scale_BKGRJ = jnp.exp(tops_BKGRJ - tops_BKGRJ.max(-1, keepdims=True))
-        mass_BKGRP *= jnp.repeat(scale_BKGRJ, X, axis=-1)
+        empty = (jnp.full((*rows, layout.num_blocks), -jnp.inf), jnp.zeros((*rows, P)))
+        tops_BKGRW, mass_BKGRP = _fold_causal(step, block, empty, R)
+        scale_BKGRW = jnp.exp(tops_BKGRW - tops_BKGRW.max(-1, keepdims=True))
+        mass_BKGRP *= jnp.repeat(scale_BKGRW, X, axis=-1)
         share_BKGRP = mass_BKGRP / mass_BKGRP.sum(-1, keepdims=True)
-        real_R1 = (block * R + jnp.arange(R) < T)[:, None]  # rows of padding choose nothing
+        real_R1 = (block * R + jnp.arange(R) < layout.length)[:, None]  # rows of padding choose nothing
         share_BKGRP = jnp.where(real_R1, share_BKGRP, 0)
-        scores_BKXP = share_BKGRP.reshape(B, K, G, X, M, P).sum((2, 4))[..., :Q]
+        scores_BKXP = share_BKGRP.reshape(*rows[:-1], X, M, P).sum((2, 4))[..., :num_tiles]
         return select_tiles(scores_BKXP, top_k, sink_tiles, block * X + jnp.arange(X))
 
-    return _join_blocks(lax.map(choose, jnp.arange(num_blocks)), 2)[:, :, :Q]
+    tiles_JBKXC = lax.map(choose, (blocks_J, _group_queries(q_BTNH, k_BKHS.shape[1], len(blocks_J))))
+    J, B, K, _, C = tiles_JBKXC.shape
+    return tiles_JBKXC.transpose(1, 2, 0, 3, 4).reshape(B, K, J * X, C)
 
 
-def _reuse_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, tiles_BKQC: jax.Array, M: int) -> jax.Array:
+def _reuse_xla(
+    q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, tiles_BKQC: jax.Array, M: int, layout: Layout
+) -> jax.Array:
     """Gathers the chosen tiles for a block of query tiles at a time and attends to them in one batch of products."""
-    B, T, N, H = q_BTNH.shape
-    K, Q, C = tiles_BKQC.shape[1:]
-    G = N // K
-    X = max(1, min(BLOCK // M, Q))
-    num_blocks = tile_count(Q, X)
-    q_BKGQMH = _group_queries(q_BTNH, K, num_blocks * X * M).reshape(B, K, G, num_blocks * X, M, H)
-    k_BKPHM = _pad(k_BKHS, 3, Q * M).reshape(B, K, H, Q, M).transpose(0, 1, 3, 2, 4)
-    v_BKPMH = _pad(v_BKSH, 2, Q * M).reshape(B, K, Q, M, H)
-    tiles_BKQC = _pad(tiles_BKQC, 2, num_blocks * X)
+    B, K, H, S = k_BKHS.shape
+    C, X, blocks_J = tiles_BKQC.shape[-1], layout.block // M, layout.local_blocks()
+    J = len(blocks_J)
+    q_JBKGXMH = _group_queries(q_BTNH, K, J).reshape(J, B, K, -1, X, M, H)
+    tiles_JBKXC = tiles_BKQC.reshape(B, K, J, X, C).transpose(2, 0, 1, 3, 4)
+    k_BKPHM = k_BKHS.reshape(B, K, H, S // M, M).transpose(0, 1, 3, 2, 4)
+    v_BKPMH = v_BKSH.reshape(B, K, S // M, M, H)
     later_MM = ~jnp.tri(M, dtype=bool)
     take = jax.vmap(jax.vmap(lambda tiles, chosen: tiles[chosen]))
 
-    def attend(block: jax.Array) -> jax.Array:
-        tiles_BKXC = _slice(tiles_BKQC, 2, block, X)
+    def attend(block_queries_tiles: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        block, q_BKGXMH, tiles_BKXC = block_queries_tiles
         own_X1 = (block * X + jnp.arange(X))[:, None]
         unused_BKXC = tiles_BKXC == NO_TILE
         chosen_BKXC = jnp.where(unused_BKXC, 0, tiles_BKXC)
-        scores = matmul("BKGXMH,BKXCHW->BKGXMCW", _slice(q_BKGQMH, 3, block, X), take(k_BKPHM, chosen_BKXC)) * H**-0.5
+        scores = matmul("BKGXMH,BKXCHW->BKGXMCW", q_BKGXMH, take(k_BKPHM, chosen_BKXC)) * H**-0.5
         is_own = (tiles_BKXC == own_X1)[:, :, None, :, None, :, None]
         hidden = unused_BKXC[:, :, None, :, None, :, None] | (is_own & later_MM[:, None, :])
         scores = jnp.where(hidden, -jnp.inf, scores)
@@ -238,5 +252,5 @@ def _reuse_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, tiles_BK
         out = matmul("BKGXMCW,BKXCWH->BKGXMH", weights.astype(v_BKSH.dtype), take(v_BKPMH, chosen_BKXC))
         return (out / total[..., None]).astype(q_BTNH.dtype)
 
-    out_BKGQMH = _join_blocks(lax.map(attend, jnp.arange(num_blocks)), 3)
-    return _ungroup(out_BKGQMH.reshape(B, K, G, -1, H), T)
+    out_JBKGXMH = lax.map(attend, (blocks_J, q_JBKGXMH, tiles_JBKXC))
+    return _ungroup(out_JBKGXMH.reshape(*out_JBKGXMH.shape[:4], X * M, H))

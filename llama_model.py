@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from kascade_core import ANCHOR, REUSE, InputError, LayerPlan, freeze_schedule, token_nll
-from kascade_kernels import anchor_attention, choose_tiles, dense_attention, matmul, reuse_attention
+from kascade_core import ANCHOR, REUSE, InputError, LayerPlan, Layout, freeze_schedule, pad_axis, token_nll
+from kascade_kernels import anchor_attention, choose_tiles, dense_attention, gather_keys, matmul, reuse_attention
 
 # --- Configuration ---
 
@@ -255,16 +256,18 @@ def _check_tree(tree: Any, shapes: Mapping[str, Any], dtype: np.dtype, where: st
             raise InputError(f"weights {where}/{name}: has NaN or infinite values")
 
 
-def load_weights(weights_dir: Path, dtype: Any | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_weights(
+    weights_dir: Path, dtype: Any | None = None, mesh: Mesh | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Loads a converted model, every chunk checked against the manifest.
 
     Args:
       weights_dir: the folder that convert_weights.py wrote.
       dtype: what the matrices become on the way to the device (norms become float32); as stored when left out.
+      mesh: whose devices each get all of them; the default device alone when left out.
 
     Returns:
-      The manifest, its "config" a `LlamaConfig`; and the variables for `LlamaModel.apply`, {"params": ...}, on the
-      default device.
+      The manifest, its "config" a `LlamaConfig`; and the variables for `LlamaModel.apply`, {"params": ...}.
 
     Raises:
       InputError: the folder, its manifest or a chunk is missing, damaged, altered or not what the config says.
@@ -273,21 +276,22 @@ def load_weights(weights_dir: Path, dtype: Any | None = None) -> tuple[dict[str,
     if manifest["dtype"] not in DTYPES:
         raise InputError(f"{weights_dir / MANIFEST}: dtype {manifest['dtype']!r}; expected one of {sorted(DTYPES)}")
     stored = DTYPES[manifest["dtype"]]
-    shapes = chunk_shapes(manifest["config"])
-    if set(manifest["chunks"]) != set(shapes):
+    fits = len(manifest["chunks"]) == manifest["config"].num_hidden_layers + 1  # before an absurd number is built
+    if not fits or set(manifest["chunks"]) != set(shapes := chunk_shapes(manifest["config"])):
         raise InputError(f"{weights_dir / MANIFEST} lists other chunks than its config needs; convert the model anew")
 
     params: dict[str, Any] = {}
     for name, shape in tqdm(shapes.items(), desc="loading", unit="chunk", disable=None, leave=False):
         check_chunk(weights_dir / name, manifest["chunks"][name])
         chunk = _load_chunk(weights_dir / name, shape, stored)
-        chunk = jax.tree.map(lambda leaf: _place(leaf, dtype or stored), chunk)
+        chunk = jax.tree.map(lambda leaf: _place(leaf, dtype or stored, mesh), chunk)
         params |= chunk if name == EMBEDDINGS_CHUNK else {name.removesuffix(".pkl"): chunk}
     return manifest, {"params": params}
 
 
-def _place(leaf: np.ndarray, dtype: Any) -> jax.Array:
-    return jnp.asarray(leaf, dtype=jnp.float32 if leaf.ndim == 1 else dtype)
+def _place(leaf: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:
+    leaf = leaf.astype(np.float32 if leaf.ndim == 1 else dtype, copy=False)
+    return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()) if mesh else None)
 
 
 def count_parameters(params: Any) -> int:
@@ -296,8 +300,6 @@ def count_parameters(params: Any) -> int:
 
 
 # --- The model ---
-
-LOSS_ROWS = 256  # rows of logits in memory at a time when the loss is taken
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -347,8 +349,8 @@ _matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 class Attention(nn.Module):
     """Grouped-query attention that attends as its `plan` says.
 
-    `__call__(x_BTD, rope, tiles_BKQC)` returns out_BTD (float32) and the tiles it chose, None unless it is an anchor
-    or calibrates; `tiles_BKQC` are those of the anchor that a REUSE layer names, in the anchor's head order.
+    `__call__(x_BTD, rope, tiles_BKQC, layout)` returns out_BTD (float32) and the tiles it chose, None unless it is an
+    anchor or calibrates; `tiles_BKQC` are those of the anchor that a REUSE layer names, in the anchor's head order.
     """
 
     config: LlamaConfig
@@ -361,7 +363,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], tiles_BKQC: jax.Array | None
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], tiles_BKQC: jax.Array | None, layout: Layout
     ) -> tuple[jax.Array, jax.Array | None]:
         config, dtype = self.config, self.dtype
         B, T, _ = x_BTD.shape
@@ -371,24 +373,30 @@ class Attention(nn.Module):
             _linear(x_BTD, w[name], dtype).reshape(B, T, -1, config.head_dim) for name in ("wq", "wk", "wv")
         )
         q_BTNH = apply_rope(q_BTNH, rope).astype(dtype)
-        k_BKHS = apply_rope(k_BTKH, rope).astype(dtype).transpose(0, 2, 3, 1)
-        v_BKSH = v_BTKH.astype(dtype).transpose(0, 2, 1, 3)
-        out_BTNH, chosen_BKQC = self._attend(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC)
+        k_BKHS = gather_keys(apply_rope(k_BTKH, rope).astype(dtype).transpose(0, 2, 3, 1), 3, layout)
+        v_BKSH = gather_keys(v_BTKH.astype(dtype).transpose(0, 2, 1, 3), 2, layout)
+        out_BTNH, chosen_BKQC = self._attend(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, layout)
         if chosen_BKQC is not None:
             self.sow("kascade", "tiles", chosen_BKQC, reduce_fn=lambda _, new: new)
         return _linear(out_BTNH.reshape(B, T, -1), w["wo"], dtype), chosen_BKQC
 
     def _attend(
-        self, q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, tiles_BKQC: jax.Array | None
+        self,
+        q_BTNH: jax.Array,
+        k_BKHS: jax.Array,
+        v_BKSH: jax.Array,
+        tiles_BKQC: jax.Array | None,
+        layout: Layout,
     ) -> tuple[jax.Array, jax.Array | None]:
-        sizes = {"tile_size": self.tile_size, "top_k": self.top_k, "sink_tiles": self.sink_tiles}
+        where = {"tile_size": self.tile_size, "layout": layout}
+        budget = {"top_k": self.top_k, "sink_tiles": self.sink_tiles}
         if self.plan.mode == ANCHOR:
-            return anchor_attention(q_BTNH, k_BKHS, v_BKSH, **sizes)
+            return anchor_attention(q_BTNH, k_BKHS, v_BKSH, **budget, **where)
         if self.plan.mode == REUSE:
             tiles_BKQC = tiles_BKQC[:, jnp.array(self.plan.head_map)]
-            return reuse_attention(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, tile_size=self.tile_size), None
-        chosen_BKQC = choose_tiles(q_BTNH, k_BKHS, **sizes) if self.calibrate else None
-        return dense_attention(q_BTNH, k_BKHS, v_BKSH), chosen_BKQC
+            return reuse_attention(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, **where), None
+        chosen_BKQC = choose_tiles(q_BTNH, k_BKHS, **budget, **where) if self.calibrate else None
+        return dense_attention(q_BTNH, k_BKHS, v_BKSH, layout=layout), chosen_BKQC
 
 
 class FeedForward(nn.Module):
@@ -425,10 +433,10 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(self.config, self.dtype)
 
     def __call__(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], tiles_BKQC: jax.Array | None
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], tiles_BKQC: jax.Array | None, layout: Layout
     ) -> tuple[jax.Array, jax.Array | None]:
         eps = self.config.rms_norm_eps
-        out_BTD, chosen_BKQC = self.attention(rms_norm(x_BTD, self.attention_norm, eps), rope, tiles_BKQC)
+        out_BTD, chosen_BKQC = self.attention(rms_norm(x_BTD, self.attention_norm, eps), rope, tiles_BKQC, layout)
         x_BTD = x_BTD + out_BTD
         return x_BTD + self.feed_forward(rms_norm(x_BTD, self.ffn_norm, eps)), chosen_BKQC
 
@@ -440,6 +448,9 @@ class LlamaModel(nn.Module):
     chose, which `kascade_core.publish_tiles` puts into KASCADE_CACHE. The schedule is validated and frozen, so that
     the module can be hashed (see `kascade_core.freeze_schedule` for its errors).
 
+    `next_token_nll` and `hidden_states` work on one shard's part of a sequence; `kascade_core.compile_forward` cuts a
+    sequence into such parts and puts the results together.
+
     Attributes:
       config: the model's shape.
       schedule: as above; held as a tuple of `LayerPlan`.
@@ -448,6 +459,7 @@ class LlamaModel(nn.Module):
       sink_tiles: the sequence's first tiles, kept by every anchor whatever their mass; they count among the top_k.
       calibrate: dense layers choose and sow tiles as well, and attend to everything all the same.
       dtype: of the inputs of every matrix product; sums, norms, softmax and loss are float32.
+      layout: how the sequence is cut; None, for `__call__` alone, leaves it whole.
     """
 
     config: LlamaConfig
@@ -457,6 +469,7 @@ class LlamaModel(nn.Module):
     sink_tiles: int = 0
     calibrate: bool = False
     dtype: Any = jnp.float32
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         config = self.config
@@ -477,27 +490,33 @@ class LlamaModel(nn.Module):
             Block(self.config, plan, *sizes, self.calibrate, self.dtype) for plan in self.schedule
         ]
 
-    def hidden_states(self, ids_BT: jax.Array) -> jax.Array:
-        """The residual stream after the last layer and the final norm, float32 [B, T, D]."""
-        rope = rope_table(self.config, jnp.arange(ids_BT.shape[1]))
+    def __call__(self, ids_BT: jax.Array) -> jax.Array:
+        """Logits, float32 [B, T, V], for int32 token ids [B, T], on one device."""
+        layout = Layout.of(ids_BT.shape[1], self.tile_size)
+        x_BTD = self._residual_stream(pad_axis(ids_BT, 1, layout.padded), layout)
+        return self._logits(x_BTD[:, : layout.length])
+
+    def hidden_states(self, ids_BT: jax.Array, next_ids_BT: jax.Array) -> jax.Array:
+        """This shard's residual stream after the last layer and the final norm, float32 [B, T, D]."""
+        del next_ids_BT  # the same signature as next_token_nll
+        return self._residual_stream(ids_BT, self.layout)
+
+    def next_token_nll(self, ids_BT: jax.Array, next_ids_BT: jax.Array) -> jax.Array:
+        """Negative log likelihood of this shard's next ids, float32 nats [B, T]; never holds [T, V] logits."""
+        x_BTD = self._residual_stream(ids_BT, self.layout)
+        starts = range(0, x_BTD.shape[1], self.layout.block)
+        rows = [slice(start, start + self.layout.block) for start in starts]
+        return jnp.concatenate([token_nll(self._logits(x_BTD[:, r]), next_ids_BT[:, r]) for r in rows], axis=1)
+
+    def _residual_stream(self, ids_BT: jax.Array, layout: Layout) -> jax.Array:
+        rope = rope_table(self.config, layout.local_positions())
         x_BTD = self.tok_embeddings[ids_BT].astype(jnp.float32)
         tiles_by_layer: dict[int, jax.Array] = {}
         for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
-            x_BTD, chosen_BKQC = block(x_BTD, rope, tiles_by_layer.get(plan.anchor))
+            x_BTD, chosen_BKQC = block(x_BTD, rope, tiles_by_layer.get(plan.anchor), layout)
             if chosen_BKQC is not None:
                 tiles_by_layer[i] = chosen_BKQC
         return rms_norm(x_BTD, self.norm, self.config.rms_norm_eps)
-
-    def __call__(self, ids_BT: jax.Array) -> jax.Array:
-        """Logits, float32 [B, T, V], for int32 token ids [B, T]."""
-        return self._logits(self.hidden_states(ids_BT))
-
-    def next_token_nll(self, ids_BT: jax.Array) -> jax.Array:
-        """Negative log likelihood of ids[:, 1:], float32 nats [B, T - 1]; never holds [T, V] logits."""
-        x_BTD = self.hidden_states(ids_BT)[:, :-1]
-        rows = [slice(start, start + LOSS_ROWS) for start in range(0, x_BTD.shape[1], LOSS_ROWS)]
-        targets_BT = ids_BT[:, 1:]
-        return jnp.concatenate([token_nll(self._logits(x_BTD[:, r]), targets_BT[:, r]) for r in rows], axis=1)
 
     def _logits(self, x_BTD: jax.Array) -> jax.Array:
         if self.config.tie_word_embeddings:

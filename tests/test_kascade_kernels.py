@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kascade_core
 import kascade_kernels as kernels
 from kascade_core import NO_TILE, tile_count
 from kascade_kernels import IMPLEMENTATIONS
@@ -29,7 +30,7 @@ DTYPES = [jnp.float32, jnp.bfloat16]
 def small_blocks(request, monkeypatch):
     """Small blocks make small inputs span several of them."""
     shape = request.node.callspec.params.get("shape", SHAPES[0]) if hasattr(request.node, "callspec") else SHAPES[0]
-    monkeypatch.setattr(kernels, "BLOCK", shape[-1])
+    monkeypatch.setattr(kascade_core, "BLOCK", shape[-1])
 
 
 def jitted(function):

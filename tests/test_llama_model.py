@@ -132,12 +132,14 @@ def test_calibration_chooses_in_every_layer_of_a_dense_forward(loaded):
 
 
 def test_next_token_nll_is_the_perplexity_of_the_logits(loaded, monkeypatch):
-    monkeypatch.setattr("llama_model.LOSS_ROWS", 16)
+    monkeypatch.setattr("kascade_core.BLOCK", 16)
     config, params = loaded
     model, ids = LlamaModel(config), jnp.asarray(token_ids(NAME))
-    nll = jax.jit(partial(model.apply, method="next_token_nll"))(params, ids)
-    assert nll.shape == (2, 60)
-    assert core.perplexity_of(nll) == pytest.approx(compute_perplexity(logits_of(model, params, ids), ids), rel=1e-6)
+    forward, _ = compile_forward(model, params, ids, "next_token_nll")
+    nll, _ = forward(params, ids)
+    assert nll.shape == (2, 61)
+    expected = compute_perplexity(logits_of(model, params, ids), ids)
+    assert core.perplexity_of(nll[:, :-1]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_model_is_hashable_and_equal_to_its_like(loaded):
