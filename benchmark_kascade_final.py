@@ -20,11 +20,10 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # only its tokenizers are used: no word on missing PyTorch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the weights folder
@@ -70,13 +69,6 @@ RULE = "=" * 70
 # --- Flags ---
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage lines."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
-
-
 def _whole(text: str, least: int) -> int:
     try:
         value = int(text)
@@ -107,7 +99,9 @@ def _share(text: str) -> float:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; bad values exit with code 2."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = convert_weights.OneSentenceParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "tpu", "gpu"])
     parser.add_argument("--tile_size", type=_at_least_one, default=16, help="tokens in a tile (default 16)")
     parser.add_argument("--top_k", type=_at_least_one, default=12, help="tiles kept per query tile (default 12)")
@@ -148,9 +142,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.seq_len < 2:
         parser.error("argument --seq_len: must be at least 2, for perplexity predicts every token but the first, got 1")
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        parser.error(f"argument --json: cannot write {args.json}: it is a folder, or the folder it is in is missing")
+    if args.tile_size > args.seq_len:
+        parser.error(f"argument --tile_size: must be at most seq_len, {args.seq_len}, got {args.tile_size}")
+    if args.sink_tiles > args.top_k:
+        parser.error(f"argument --sink_tiles: must be at most top_k, {args.top_k}, got {args.sink_tiles}")
+    if args.json and not _can_be_written(args.json):
+        parser.error(f"argument --json: cannot write {args.json}: give a file in a folder that exists")
     return args
+
+
+def _can_be_written(path: Path) -> bool:
+    """Whether `write_json` can put a file there: a plain file or nothing yet, in a folder open to us."""
+    try:
+        plain = path.is_file() or not path.exists()
+        return plain and path.resolve().parent.is_dir() and os.access(path.resolve().parent, os.W_OK)
+    except OSError:  # a name too long, say
+        return False
 
 
 # --- Set-up ---
@@ -182,7 +189,7 @@ def pick_dtype(name: str, device: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise InputError(f"text {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
@@ -209,16 +216,18 @@ def load_windows(
     Where the tokenizer begins a text with its BOS token, each window does, as the model was trained; it counts.
 
     Raises:
-      InputError: a text that cannot be read or is too short, or a tokenizer of another model.
+      InputError: a text that cannot be read or is too short, two texts that begin alike, a tokenizer of another model.
     """
     first = tokenizer.encode("")  # what the tokenizer puts before every text: BOS or nothing
     first = first[:1] if first[:1] == [tokenizer.bos_token_id] else []
     length = seq_len - len(first)
-    if calib_text is None:
+    if calib_text is None or calib_text.resolve() == text.resolve():
         ids = _encode(tokenizer, text, 2 * length)
         windows = ids[:length], ids[length:]
     else:
         windows = _encode(tokenizer, calib_text, length), _encode(tokenizer, text, length)
+    if windows[0] == windows[1]:
+        raise InputError(f"texts {calib_text} and {text} begin alike: the tested tokens would not be unseen")
     if max(map(max, windows)) >= vocab_size:
         raise InputError(f"the tokenizer makes ids above the model's vocabulary of {vocab_size}: it is another model's")
     return tuple(jnp.asarray([first + window], jnp.int32) for window in windows)
@@ -247,7 +256,7 @@ class Run:
 
 def run_model(model: LlamaModel, params: Any, ids: jax.Array, mesh: jax.sharding.Mesh) -> Run:
     """Compiles and runs `model` on ids; KASCADE_CACHE then holds the tiles that its anchors chose."""
-    compiled, compile_s = compile_forward(model, params, ids, "next_token_nll", mesh)
+    compiled, compile_s = compile_forward(model, params, ids, mesh)
     nll, sown = compiled(params, ids)
     publish_tiles(sown)
     return Run(perplexity_of(nll[:, :-1]), compile_s, lambda: compiled(params, ids))
@@ -360,7 +369,9 @@ def format_results(dense_ppl: float, sparse_ppl: float, degradation_pct: float, 
         "   (Rows of one query tile share their choice of tiles, so later rows help choose for earlier ones.)",
         "",
     ]
-    if degradation_pct < MAX_DEGRADATION:
+    if density == 1:
+        lines.append("⚠️  Nothing was dropped: Top-K covers all tiles. Lower --top_k, or raise --seq_len.")
+    elif degradation_pct < MAX_DEGRADATION:
         lines.append(f"✅✅✅ SUCCESS! <{MAX_DEGRADATION:.0f}% degradation achieved!")
     else:
         lines.append(f"❌ FAILED: degradation {degradation_pct:+.2f}% is not under {MAX_DEGRADATION:.0f}%.")
@@ -378,7 +389,7 @@ def format_timing(samples: Mapping[str, Sequence[float]], speedup: float, meanin
     if speedup > 1:
         lines.append(f"✅ Sparse is {speedup:.2f}x faster!")
     else:
-        lines.append(f"⚠️  Speedup: {speedup:.2f}x: sparse is no faster here; it gains with longer texts (--seq_len).")
+        lines.append(f"⚠️  Speedup: {speedup:.2f}x: sparse is no faster here. Try a longer --seq_len.")
     return "\n".join(lines)
 
 
@@ -424,15 +435,13 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Writes the report whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.absolute().parent, delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            json.dump(report, file, indent=2, allow_nan=False)
-            file.write("\n")
-        except BaseException:
-            temporary.unlink()
-            raise
-    os.replace(temporary, path)
+    path = path.resolve()  # what a symbolic link points to, not the link
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # --- The run ---
@@ -444,9 +453,10 @@ def exit_on_bad_input() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        message = "interrupted"
+        print("error: interrupted", file=sys.stderr, flush=True)
+        os._exit(2)  # an orderly exit would wait for, or crash, what JAX is still computing
     except (InputError, NotImplementedError, OSError) as error:
-        message = str(error)
+        message = " ".join(str(error).split())
     else:
         return
     print(f"error: {message}", file=sys.stderr)
@@ -456,7 +466,8 @@ def exit_on_bad_input() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark from flags to report. Returns 0; bad input exits with code 2."""
     args = parse_args(argv)
-    sys.stdout.reconfigure(errors="replace")  # a terminal without these symbols gets question marks, not a crash
+    if sys.stdout:  # None where it was closed
+        sys.stdout.reconfigure(errors="replace")  # a terminal without these symbols gets question marks, not a crash
     say = (lambda *_: None) if args.quiet else print
 
     with exit_on_bad_input():
@@ -471,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mesh = make_mesh(devices)
 
         weights_dir = args.weights_dir or DEFAULT_WEIGHTS
-        if args.weights_dir is None and not weights_dir.exists():
+        if args.weights_dir is None and not (weights_dir.exists() and any(weights_dir.iterdir())):
             say(f"📦 No weights in {weights_dir}: fetching and converting {convert_weights.DEFAULT_MODEL}...")
             convert_weights.convert_default(weights_dir)
         say(f"📦 Loading weights from {weights_dir}...")
@@ -488,7 +499,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"📖 Calibration: {calib_ids.size} tokens of {(args.calib_text or args.text).name}")
         say(f"   Test:        {test_ids.size} tokens of {args.text.name} (UNSEEN)\n")
 
-        say("📊 Calibrating on Real Wikipedia Text...")
+        say(f"📊 Calibrating on {(args.calib_text or args.text).name}...")
         sizes = {name: getattr(args, name) for name in ("tile_size", "top_k", "sink_tiles")}
         model_dense = LlamaModel(config, dtype=DTYPES[dtype], **sizes)
         calibrate_kascade(model_dense, params, calib_ids, args.tile_size, args.top_k, mesh)

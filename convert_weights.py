@@ -25,7 +25,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gguf
 import ml_dtypes
@@ -604,9 +604,16 @@ def _common_dtype(names: Iterable[str]) -> str:
 # --- Command line ---
 
 
+class OneSentenceParser(argparse.ArgumentParser):
+    """Says what is wrong with a flag in one sentence, without the usage lines."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneSentenceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, help=f"checkpoint folder or GGUF file (default: fetch {DEFAULT_MODEL})")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to make (default %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="stored (default: as the checkpoint; float32 if quantised)")

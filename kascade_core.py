@@ -366,20 +366,20 @@ def pad_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
 
 
 def compile_forward(
-    model: Any, params: Any, input_ids: jax.Array, method: str, mesh: Mesh | None = None
+    model: Any, params: Any, input_ids: jax.Array, mesh: Mesh | None = None
 ) -> tuple[Callable[..., Any], float]:
-    """Compiles one of the model's methods for these shapes: the one place that jits.
+    """Compiles the model's forward with its loss for these shapes: the one place that jits.
 
     Args:
-      model: a Flax module with the fields `tile_size` and `layout`, such as LlamaModel.
+      model: a Flax module with the fields `tile_size` and `layout` and the method `next_token_nll`, like LlamaModel.
       params: its variables, on every device of the mesh.
       input_ids: int32 [B, T].
-      method: "next_token_nll" or "hidden_states": takes this shard's tokens, and for each the one that follows.
       mesh: one axis called AXIS; without it everything is done on one device.
 
     Returns:
-      The compiled function (params, input_ids) -> (output [B, T, ...], sown), `sown` being what the layers put into the
-      collection "kascade", both in the order of the sequence; and the seconds that tracing and compiling took.
+      The compiled function (params, input_ids) -> (nll_BT, sown): float32 nats, for each token but the last (whose
+      value means nothing) that of the one after it; and what the layers put into the collection "kascade". Beside it
+      the seconds that tracing and compiling took.
     """
     length = input_ids.shape[1]
     layout = Layout.of(length, model.tile_size, mesh.shape[AXIS] if mesh else 1)
@@ -387,7 +387,7 @@ def compile_forward(
     num_tiles = tile_count(length, model.tile_size)
 
     def local(params: Any, ids: jax.Array, next_ids: jax.Array) -> tuple[Any, Any]:
-        return model.apply(params, ids, next_ids, method=method, mutable=["kascade"])
+        return model.apply(params, ids, next_ids, method="next_token_nll", mutable=["kascade"])
 
     if mesh:
         tokens, tiles = PartitionSpec(None, AXIS), PartitionSpec(None, None, AXIS)
@@ -396,9 +396,9 @@ def compile_forward(
 
     def forward(params: Any, input_ids: jax.Array) -> tuple[Any, Any]:
         next_ids = jnp.roll(input_ids, -1, axis=1)
-        output, sown = local(params, layout.spread(input_ids, 1), layout.spread(next_ids, 1))
+        nll_BT, sown = local(params, layout.spread(input_ids, 1), layout.spread(next_ids, 1))
         sown = jax.tree.map(lambda tiles: layout.collect(tiles, 2)[:, :, :num_tiles], sown)
-        return layout.collect(output, 1)[:, :length], sown
+        return layout.collect(nll_BT, 1)[:, :length], sown
 
     start = time.perf_counter()
     compiled = jax.jit(forward).lower(params, input_ids).compile()
@@ -428,10 +428,17 @@ def calibrate_kascade(
       tile_size: tokens.
       top_k: tiles.
       mesh: as for `compile_forward`.
+
+    Raises:
+      InputError: the model's losses are not finite.
     """
     observer = model.clone(schedule=None, calibrate=True, tile_size=tile_size, top_k=top_k)
-    forward, _ = compile_forward(observer, params, input_ids, "hidden_states", mesh)
-    _, sown = forward(params, input_ids)
+    forward, _ = compile_forward(observer, params, input_ids, mesh)
+    nll_BT, sown = forward(params, input_ids)
+    if not np.isfinite(nll_BT[:, :-1]).all():
+        raise InputError(
+            "the model computes infinities or NaN on the calibration text: its weights or config are wrong"
+        )
     publish_tiles(sown)
 
 

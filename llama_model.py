@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ from kascade_kernels import anchor_attention, choose_tiles, dense_attention, gat
 # --- Configuration ---
 
 
+def _check_positive(config: Any, names: Sequence[str]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise InputError(f"model config: {name} must be a number above 0, got {value!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """LLaMA 3's stretching of the low RoPE frequencies (field names and formula: Hugging Face's "llama3" rope type)."""
@@ -32,6 +40,14 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        _check_positive(self, [field.name for field in dataclasses.fields(self)])
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise InputError(
+                f"model config: low_freq_factor ({self.low_freq_factor}) must be below "
+                f"high_freq_factor ({self.high_freq_factor})"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +73,14 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[:8]:
-            if getattr(self, field.name) < 1:
-                raise InputError(f"model config: {field.name} must be at least 1, got {getattr(self, field.name)}")
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 1:
+                raise InputError(f"model config: {field.name} must be a whole number of at least 1, got {value!r}")
+        _check_positive(self, ("rope_theta", "rms_norm_eps"))
+        if type(self.tie_word_embeddings) is not bool:
+            raise InputError(
+                f"model config: tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}"
+            )
         if self.head_dim % 2:
             raise InputError(f"model config: head_dim must be even for RoPE, got {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -179,7 +201,8 @@ def read_manifest(weights_dir: Path) -> dict[str, Any]:
       InputError: no such folder, an empty one, no manifest, a manifest that cannot be read or of another version.
     """
     if not weights_dir.is_dir():
-        raise InputError(f"weights folder {weights_dir} does not exist; make it with convert_weights.py")
+        problem = "is not a folder" if weights_dir.exists() else "does not exist"
+        raise InputError(f"weights folder {weights_dir} {problem}; make one with convert_weights.py")
     if not any(weights_dir.iterdir()):
         raise InputError(f"weights folder {weights_dir} is empty; make it with convert_weights.py")
     path = weights_dir / MANIFEST
@@ -188,13 +211,16 @@ def read_manifest(weights_dir: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
-        if version != FORMAT_VERSION:
-            raise InputError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise InputError(f"{path} has format version {version!r}; this program reads version {FORMAT_VERSION}")
         manifest["config"] = LlamaConfig.from_dict(manifest["config"])
         for entry in manifest["chunks"].values():
             entry["bytes"], entry["sha256"]
-        return manifest | {key: manifest[key] for key in ("model", "dtype", "source")}
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        for key in ("model", "dtype", "source"):
+            if type(manifest[key]) is not str:
+                raise TypeError(f"{key} is {type(manifest[key]).__name__}, not text")
+        return manifest
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); convert the model anew") from error
 
 
@@ -230,12 +256,18 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+UNPICKLING_ERRORS = (  # what damaged bytes, or bytes made to do harm, may raise
+    *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError),
+    *(OverflowError, MemoryError, RecursionError),
+)
+
+
 def _load_chunk(path: Path, shapes: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
     """Unpickles one chunk and checks that it holds exactly the named arrays, of this dtype, all finite."""
     try:
         with path.open("rb") as file:
             chunk = _ArrayUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, TypeError, ValueError) as error:
+    except UNPICKLING_ERRORS as error:
         raise InputError(f"weights chunk {path} was refused: {error}") from error
     _check_tree(chunk, shapes, dtype, path.name)
     return chunk
@@ -243,7 +275,7 @@ def _load_chunk(path: Path, shapes: Mapping[str, Any], dtype: np.dtype) -> dict[
 
 def _check_tree(tree: Any, shapes: Mapping[str, Any], dtype: np.dtype, where: str) -> None:
     if not isinstance(tree, dict) or set(tree) != set(shapes):
-        got = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
+        got = sorted(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
         raise InputError(f"weights {where}: expected the keys {sorted(shapes)}, got {got}")
     for name, shape in shapes.items():
         leaf = tree[name]
@@ -448,8 +480,8 @@ class LlamaModel(nn.Module):
     chose, which `kascade_core.publish_tiles` puts into KASCADE_CACHE. The schedule is validated and frozen, so that
     the module can be hashed (see `kascade_core.freeze_schedule` for its errors).
 
-    `next_token_nll` and `hidden_states` work on one shard's part of a sequence; `kascade_core.compile_forward` cuts a
-    sequence into such parts and puts the results together.
+    `next_token_nll` works on one shard's part of a sequence; `kascade_core.compile_forward` cuts a sequence into such
+    parts and puts the results together.
 
     Attributes:
       config: the model's shape.
@@ -495,11 +527,6 @@ class LlamaModel(nn.Module):
         layout = Layout.of(ids_BT.shape[1], self.tile_size)
         x_BTD = self._residual_stream(pad_axis(ids_BT, 1, layout.padded), layout)
         return self._logits(x_BTD[:, : layout.length])
-
-    def hidden_states(self, ids_BT: jax.Array, next_ids_BT: jax.Array) -> jax.Array:
-        """This shard's residual stream after the last layer and the final norm, float32 [B, T, D]."""
-        del next_ids_BT  # the same signature as next_token_nll
-        return self._residual_stream(ids_BT, self.layout)
 
     def next_token_nll(self, ids_BT: jax.Array, next_ids_BT: jax.Array) -> jax.Array:
         """Negative log likelihood of this shard's next ids, float32 nats [B, T]; never holds [T, V] logits."""

@@ -3,15 +3,18 @@
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 DEFAULT_WEIGHTS = Path(__file__).parents[1] / "llama_weights_chunked"
 
 
 def pytest_configure(config):
-    """Synthetic models take far longer to compile than to run, so their code is left unoptimised."""
+    """Gives JAX eight devices to deal to; the synthetic models, slow to compile and fast to run, go unoptimised."""
     if config.option.markexpr == "not real_model":
+        jax.config.update("jax_num_cpu_devices", 8)
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+        jax.devices()  # now, so that no later setting counts
 
 
 @pytest.fixture(scope="session")

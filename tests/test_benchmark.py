@@ -1,6 +1,7 @@
 """The command line: a whole run on a small synthetic model, what it prints and writes, and what bad input earns."""
 
 import json
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -11,7 +12,7 @@ from synthetic import repeating_text, write_hf_folder
 
 import benchmark_kascade_final as benchmark
 from convert_weights import convert
-from kascade_core import NO_TILE
+from kascade_core import KASCADE_CACHE, NO_TILE, InputError
 
 NAME = "mha_llama3_tied"  # four layers, 33 words
 SMALL = ["--tile_size", "4", "--top_k", "3", "--seq_len", "30", "--n_runs", "2", "--threshold", "0.3"]
@@ -41,6 +42,7 @@ def finished(weights, tmp_path_factory):
         printed = []
         patch.setattr("builtins.print", lambda *args, **_: printed.append(" ".join(map(str, args))))
         assert benchmark.main([*SMALL, "--verbose", *flags]) == 0
+    assert list(KASCADE_CACHE) == [1]  # what the sparse run's one anchor chose, not what calibration left
     return "\n".join(printed), json.loads((folder / "out.json").read_text())
 
 
@@ -48,7 +50,7 @@ def test_the_sections_come_in_the_guides_order(finished):
     output, _ = finished
     sections = [
         "⚙️  Configuration:", "🖥️  Configuring JAX to use CPU...", "✓ JAX using", "Loading weights", "(UNSEEN)",
-        "📊 Calibrating on Real Wikipedia Text...", "⚡ Generating Optimized Schedule:", "📋 Final Schedule:",
+        "📊 Calibrating on text.txt...", "⚡ Generating Optimized Schedule:", "📋 Final Schedule:",
         "🏃 Running DENSE Baseline...", "⚡ Running KASCADE Sparse...", "📊 RESULTS ON REAL TEXT:",
         "Dense Perplexity:", "Sparse Perplexity:", "Degradation:", "⏱️  SPEEDUP BENCHMARK", "📊 Timing Results",
         "Speedup:",
@@ -120,6 +122,23 @@ def test_a_speedup_below_one_is_printed_as_it_is():
     assert "✅ Sparse is 1.25x faster!" in benchmark.format_timing(samples, 1.25, "here")
 
 
+def test_nothing_dropped_is_no_success():
+    text = benchmark.format_results(20, 20, 0, 1.0)
+    assert "⚠️  Nothing was dropped" in text
+    assert "SUCCESS" not in text
+
+
+def test_every_timed_run_is_waited_for():
+    class Pending:
+        waited = 0
+
+        def block_until_ready(self):
+            Pending.waited += 1
+
+    benchmark.time_interleaved({"dense": Pending, "sparse": Pending}, 3)
+    assert Pending.waited == 2 * 4
+
+
 def test_runs_are_interleaved_and_the_warm_up_not_counted():
     calls = []
     forwards = {name: lambda name=name: calls.append(name) for name in ("dense", "sparse")}
@@ -159,6 +178,20 @@ def test_calibration_and_test_windows_share_no_token(numbers):
     calib, test = benchmark.load_windows(Words(), numbers, other, 5, 100)
     assert calib.tolist() == [[50, 51, 52, 53, 54]]
     assert test.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_windows_are_never_the_same_text(numbers):
+    calib, test = benchmark.load_windows(Words(), numbers, numbers, 5, 100)
+    assert test.tolist() == [[5, 6, 7, 8, 9]]
+    copy = numbers.with_name("copy.txt")
+    copy.write_text(numbers.read_text())
+    with pytest.raises(InputError, match="begin alike: the tested tokens would not be unseen"):
+        benchmark.load_windows(Words(), numbers, copy, 5, 100)
+
+
+def test_a_byte_order_mark_is_no_text(numbers):
+    numbers.write_bytes(b"\xef\xbb\xbf" + numbers.read_bytes())
+    assert benchmark.load_windows(Words(), numbers, None, 5, 100)[0].tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_each_window_begins_with_bos_where_the_tokenizer_does(numbers):
@@ -206,6 +239,11 @@ def refused(capsys, flags):
         (["--verbose", "--quiet"], "not allowed with"),
         (["--weights_dir", "no/such/folder"], "weights folder no/such/folder does not exist"),
         (["--json", "no/such/folder/out.json"], "cannot write no/such/folder/out.json"),
+        (["--json", "x" * 300], "cannot write xxx"),
+        (["--json", "."], "cannot write .: give a file"),
+        (["--tile_size", "513"], "--tile_size: must be at most seq_len, 512, got 513"),
+        (["--sink_tiles", "-1"], "--sink_tiles: must be at least 0, got -1"),
+        (["--sink_tiles", "13"], "--sink_tiles: must be at most top_k, 12, got 13"),
     ],
 )
 def test_bad_flags(capsys, flags, sentence):
@@ -272,6 +310,16 @@ def test_without_weights_the_default_ones_are_made_first(capsys, monkeypatch, we
     assert Path("llama_weights_chunked/manifest.json").is_file()
 
 
+def test_an_empty_default_folder_is_filled(monkeypatch, weights, text, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("llama_weights_chunked").mkdir()
+    made = []
+    monkeypatch.setattr("convert_weights.convert_default", made.append)
+    with pytest.raises(SystemExit):
+        benchmark.main([*SMALL, "--text", str(text)])
+    assert made == [Path("llama_weights_chunked")]
+
+
 def test_a_report_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "out.json"
     path.write_text("old")
@@ -279,3 +327,13 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path):
         benchmark.write_json(path, {"a": object()})
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_report_goes_through_a_link_and_into_no_device(tmp_path, capsys):
+    target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
+    link.symlink_to(target)
+    benchmark.write_json(link, {"a": 1})
+    assert link.is_symlink()
+    assert json.loads(target.read_text()) == {"a": 1}
+    os.mkfifo(pipe)
+    assert "cannot write" in refused(capsys, ["--json", str(pipe)])

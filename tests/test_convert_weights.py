@@ -438,7 +438,7 @@ def test_rotary_buffers_are_dropped(tmp_path):
         (NotImplementedError, r"quantised \(quantization_config", {"quantization_config": {"bits": 4}}),
         (NotImplementedError, "rope_type yarn is not supported", {"rope_parameters": {"rope_type": "yarn"}}),
         (InputError, r"config.json: .*'hidden_size' is missing", {"hidden_size": None}),
-        (InputError, r"config.json: .*'str'", {"hidden_size": "24"}),
+        (InputError, r"config.json: .*hidden_size must be a whole number .*'24'", {"hidden_size": "24"}),
     ],
 )
 def test_configs_that_are_refused(tmp_path, error, match, changes):

@@ -193,6 +193,29 @@ def test_attended_tiles_applies_head_maps():
     assert attended[2].ravel().tolist() == [1, 1]
 
 
+def test_a_layout_deals_forth_and_back_and_collects_again():
+    layout = core.Layout(length=29, block=4, num_blocks=8, num_shards=2)
+    assert layout.deal().tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
+    x = jnp.arange(29)[None]
+    dealt = layout.spread(x, 1)
+    assert dealt[0, :8].tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    np.testing.assert_array_equal(layout.collect(dealt, 1)[:, :29], x)
+
+
+@pytest.mark.parametrize("length", [1, 13, 512, 2047])
+@pytest.mark.parametrize("tile_size", [1, 3, 16, 300])
+@pytest.mark.parametrize("num_shards", [1, 2, 8])
+def test_layouts_cover_the_sequence_in_blocks_of_whole_tiles(length, tile_size, num_shards):
+    layout = core.Layout.of(length, tile_size, num_shards)
+    assert layout.padded >= length
+    assert layout.block % tile_size == 0
+    assert layout.block <= max(core.BLOCK, tile_size)
+    assert sorted(layout.deal().ravel()) == list(range(layout.num_blocks))
+    pairs = (layout.deal() + 1).sum(axis=1)  # key blocks that each shard's query blocks see
+    if length > 2 * num_shards * tile_size:
+        assert pairs.max() == pairs.min()
+
+
 def test_perplexity_of_uniform_logits_is_the_vocabulary_size():
     ids = jnp.array([[3, 1, 4, 1]])
     assert core.compute_perplexity(jnp.zeros((1, 4, 7)), ids) == pytest.approx(7)

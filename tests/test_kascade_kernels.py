@@ -11,7 +11,7 @@ import pytest
 
 import kascade_core
 import kascade_kernels as kernels
-from kascade_core import NO_TILE, tile_count
+from kascade_core import NO_TILE, Layout, tile_count
 from kascade_kernels import IMPLEMENTATIONS
 
 # B, T, N, K, H, tile size, Top-K, and the block that the kernels work in: grouped, multi-query and multi-head; lengths
@@ -208,6 +208,19 @@ def test_the_future_changes_no_earlier_bit(kind, implementation):
     same = before == np.asarray(attend(q, k, v))
     assert same[:, :first_changed].all()
     assert not same[:, cut:].any(axis=(0, 2, 3)).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_of_padding_choose_nothing(implementation):
+    """A last tile with three rows of padding, whatever those hold, chooses what its real row chooses."""
+    q, k, _ = inputs((1, 61, 6, 2, 10), np.float32)
+    layout = Layout.of(61, 4)
+    sizes = {"tile_size": 4, "top_k": 3, "implementation": implementation}
+    expected = choose_tiles(q, k, **sizes)
+    rng = np.random.default_rng(3)
+    q = np.concatenate([q, 9 * rng.standard_normal((1, layout.padded - 61, 6, 10), np.float32)], axis=1)
+    k = np.concatenate([k, 9 * rng.standard_normal((1, 2, 10, layout.padded - 61), np.float32)], axis=3)
+    np.testing.assert_array_equal(choose_tiles(q, k, layout=layout, **sizes)[:, :, :16], expected)
 
 
 def test_bad_arguments_say_what_was_expected():

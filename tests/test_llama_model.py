@@ -108,7 +108,7 @@ def test_the_cache_holds_the_last_texts_tiles_and_no_tracer(loaded):
     model = LlamaModel(config, schedule=SPARSE, tile_size=4, top_k=3)
     first = jnp.asarray(token_ids(NAME))
     second = (first * 7 + 3) % config.vocab_size
-    forward, _ = compile_forward(model, params, first, "next_token_nll")
+    forward, _ = compile_forward(model, params, first)
     found = []
     for ids in (first, second):
         core.publish_tiles(forward(params, ids)[1])
@@ -117,6 +117,29 @@ def test_the_cache_holds_the_last_texts_tiles_and_no_tracer(loaded):
         found.append(KASCADE_CACHE[1])
         np.testing.assert_array_equal(KASCADE_CACHE[1], tiles_of(model, params, ids)["layer_1"]["attention"]["tiles"])
     assert (found[0] != found[1]).any()
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+@pytest.mark.parametrize("schedule", [None, SPARSE])
+def test_devices_agree(loaded, schedule, num_devices, monkeypatch):
+    """Dealt over several devices: the same tiles, and the same losses to rounding."""
+    monkeypatch.setattr("kascade_core.BLOCK", 8)
+    config, params = loaded
+    model = LlamaModel(config, schedule=schedule, tile_size=4, top_k=3, calibrate=True)
+    ids = jnp.asarray(token_ids(NAME))
+    mesh = core.make_mesh(jax.devices()[:num_devices])
+    assert mesh.size == num_devices
+    results = []
+    for where in (None, mesh):
+        forward, _ = compile_forward(model, params, ids, where)
+        nll, sown = jax.device_get(forward(params, ids))
+        core.publish_tiles(sown)
+        results.append((nll[:, :-1], dict(KASCADE_CACHE)))
+    (expected, tiles), (got, dealt_tiles) = results
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert tiles.keys() == dealt_tiles.keys()
+    for layer in tiles:
+        np.testing.assert_array_equal(dealt_tiles[layer], tiles[layer])
 
 
 def test_calibration_chooses_in_every_layer_of_a_dense_forward(loaded):
@@ -135,7 +158,7 @@ def test_next_token_nll_is_the_perplexity_of_the_logits(loaded, monkeypatch):
     monkeypatch.setattr("kascade_core.BLOCK", 16)
     config, params = loaded
     model, ids = LlamaModel(config), jnp.asarray(token_ids(NAME))
-    forward, _ = compile_forward(model, params, ids, "next_token_nll")
+    forward, _ = compile_forward(model, params, ids)
     nll, _ = forward(params, ids)
     assert nll.shape == (2, 61)
     expected = compute_perplexity(logits_of(model, params, ids), ids)
@@ -148,6 +171,21 @@ def test_the_model_is_hashable_and_equal_to_its_like(loaded):
     assert hash(model) == hash(LlamaModel(config, schedule=dict(SPARSE)))
     assert model == model.clone()
     assert model != model.clone(schedule=None)
+
+
+def test_an_anchor_keeps_the_sink(loaded):
+    config, params = loaded
+    model = LlamaModel(config, schedule=SPARSE, tile_size=4, top_k=3)
+    first = {sinks: tiles_of(model.clone(sink_tiles=sinks), params, token_ids(NAME)) for sinks in (0, 1)}
+    kept = {sinks: (tiles["layer_1"]["attention"]["tiles"][..., 0] == 0).all() for sinks, tiles in first.items()}
+    assert kept == {0: False, 1: True}
+
+
+def test_a_model_that_is_not_finite_is_not_calibrated_on(loaded):
+    config, params = loaded
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    with pytest.raises(InputError, match="computes infinities or NaN on the calibration text"):
+        core.calibrate_kascade(LlamaModel(config), broken, jnp.asarray(token_ids(NAME)), 4, 3)
 
 
 @pytest.mark.parametrize("field", ["tile_size", "top_k"])
@@ -205,7 +243,13 @@ def test_config_refuses_by_name_what_the_model_does_not_compute(change, match):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number of at least 1, got 0"),
+        ({"hidden_size": "24"}, "hidden_size must be a whole number of at least 1, got '24'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number above 0, got nan"),
+        ({"rope_parameters": {"rope_theta": -1}}, "rope_theta must be a number above 0, got -1.0"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, got 'no'"),
+        ({"rope_parameters": LLAMA3 | {"rope_type": "llama3", "factor": 0}}, "factor must be a number above 0, got 0"),
+        ({"rope_parameters": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 4.0}}, "must be below high_freq"),
         ({"head_dim": 7}, "head_dim must be even for RoPE, got 7"),
         ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) must be a multiple of num_key_value_heads \(4\)"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
@@ -274,7 +318,7 @@ def test_an_unknown_version(folder):
         load_weights(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format_version": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format_version": 1}', "[" * 100_000])
 def test_a_damaged_manifest(folder, text):
     (folder / MANIFEST).write_text(text)
     with pytest.raises(InputError, match="manifest.json is damaged"):
@@ -285,6 +329,7 @@ def test_a_damaged_manifest(folder, text):
     ("change", "match"),
     [
         ({"dtype": "int7"}, "dtype 'int7'; expected one of"),
+        ({"dtype": ["float32"]}, "dtype is list, not text"),
         ({"chunks": {}}, "lists other chunks than its config needs"),
         ({"config": {"vocab_size": 3}}, "model config: .*missing"),
         ({"config": {"colour": 3}}, r"unknown fields \['colour'\]"),
@@ -300,6 +345,13 @@ def test_a_manifest_that_makes_no_sense(folder, change, match):
 def test_a_manifest_whose_chunks_are_damaged(folder, chunks):
     edit_manifest(folder, chunks=chunks)
     with pytest.raises(InputError, match="manifest.json is damaged"):
+        load_weights(folder)
+
+
+def test_a_manifest_with_an_absurd_number_of_layers(folder):
+    config = json.loads((folder / MANIFEST).read_text())["config"]
+    edit_manifest(folder, config=config | {"num_hidden_layers": 10**12})
+    with pytest.raises(InputError, match="lists other chunks than its config needs"):
         load_weights(folder)
 
 
@@ -341,6 +393,12 @@ def test_a_tensor_of_the_wrong_shape(folder):
 def test_a_tensor_that_is_not_there(folder):
     rewrite_chunk(folder, "layer_2.pkl", lambda chunk: chunk | {"feed_forward": dict.fromkeys(("w1", "w3"), 0)})
     with pytest.raises(InputError, match=r"layer_2.pkl/feed_forward: expected the keys \['w1', 'w2', 'w3'\], got"):
+        load_weights(folder)
+
+
+def test_a_chunk_with_keys_that_cannot_be_sorted(folder):
+    rewrite_chunk(folder, "layer_2.pkl", lambda chunk: chunk | {3: None})
+    with pytest.raises(InputError, match="layer_2.pkl: expected the keys"):
         load_weights(folder)
 
 

@@ -23,7 +23,7 @@ def sample_ids(default_weights):
 def perplexity(weights, dtype, ids):
     manifest, params = load_weights(weights, dtype)
     ids = jnp.asarray([ids], jnp.int32)
-    forward, _ = compile_forward(LlamaModel(manifest["config"], dtype=dtype), params, ids, "next_token_nll")
+    forward, _ = compile_forward(LlamaModel(manifest["config"], dtype=dtype), params, ids)
     return perplexity_of(forward(params, ids)[0][:, :-1])
 
 
