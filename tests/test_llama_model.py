@@ -302,6 +302,12 @@ def test_weights_come_back_as_stored(folder):
     assert params["params"]["layer_0"]["attention_norm"].dtype == jnp.float32
 
 
+def test_cpu_devices_share_the_weights_memory(folder):
+    _, params = load_weights(folder, mesh=core.make_mesh(jax.devices()[:2]))
+    for leaf in jax.tree.leaves(params):
+        assert len({shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards}) == 1
+
+
 def test_a_missing_or_empty_folder(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load_weights(tmp_path / "nowhere")
