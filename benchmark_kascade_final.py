@@ -168,7 +168,8 @@ def configure_device(device: str) -> list[jax.Device]:
 
     Every CPU core becomes a device: XLA's own threads inside one device leave much of a machine idle.
     """
-    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(device, device))
+    platforms = {"cpu": "cpu", "tpu": "tpu,cpu", "gpu": "cuda,cpu"}  # with no platform left, JAX fails an assertion
+    jax.config.update("jax_platforms", platforms[device])
     with contextlib.suppress(RuntimeError):  # JAX is running already, and keeps the devices it has
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     try:

@@ -641,7 +641,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{manifest['model']} -> {args.output}: {len(manifest['chunks'])} chunks, {size / 1e6:.0f} MB, ", end="")
         print(manifest["dtype"] if wrote else f"{manifest['dtype']}; already converted, nothing to do")
         return 0
-    print(f"convert_weights.py: {problem}", file=sys.stderr)
+    print(f"error: {problem}", file=sys.stderr)
     return 2
 
 

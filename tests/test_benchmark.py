@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +250,16 @@ def refused(capsys, flags):
 )
 def test_bad_flags(capsys, flags, sentence):
     assert sentence in refused(capsys, flags)
+
+
+@pytest.mark.parametrize("device", ["tpu", "gpu"])
+def test_a_device_that_is_not_there_in_a_fresh_process(device):
+    """Unlike the tests above, where JAX is running already."""
+    command = [sys.executable, benchmark.__file__, "--quiet", "--device", device]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert [line[:30] for line in result.stderr.splitlines()] == [f"error: JAX sees no {device.upper()} here (U"]
 
 
 def test_an_empty_weights_folder(capsys, tmp_path):

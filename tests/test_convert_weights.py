@@ -369,7 +369,7 @@ def test_other_rope_factors_are_refused(factors):
 # --- What is refused ---
 
 
-def refuse(source, output, error, match, **arguments):
+def check_refused(source, output, error, match, **arguments):
     """Converting must fail with this error and leave nothing behind."""
     before = sorted(output.parent.rglob("*"))
     with pytest.raises(error, match=match):
@@ -394,24 +394,24 @@ CHANGED_WEIGHTS = {
 def test_wrong_tensors_are_named(tmp_path, match):
     weights = hf_weights(CONFIGS[NAME]) | CHANGED_WEIGHTS[match]
     weights = {key: tensor for key, tensor in weights.items() if tensor is not None}
-    refuse(write_hf(tmp_path / "hf", CONFIGS[NAME], weights), tmp_path / "out", InputError, match)
+    check_refused(write_hf(tmp_path / "hf", CONFIGS[NAME], weights), tmp_path / "out", InputError, match)
 
 
 def test_too_large_for_float16(tmp_path):
     weights = hf_weights(CONFIGS[NAME]) | {"model.norm.weight": np.full(24, -7e4, np.float32)}
     source = write_hf(tmp_path / "hf", CONFIGS[NAME], weights)
     match = r"norm.weight goes up to 7e\+04, too large for float16"
-    refuse(source, tmp_path / "out", InputError, match, dtype="float16")
+    check_refused(source, tmp_path / "out", InputError, match, dtype="float16")
 
 
 def test_biases_and_other_storage_are_refused(tmp_path):
     weights = hf_weights(CONFIGS[NAME])
     bias = weights | {"model.layers.0.self_attn.q_proj.bias": np.ones(60, np.float32)}
     source = write_hf(tmp_path / "bias", CONFIGS[NAME], bias)
-    refuse(source, tmp_path / "out", NotImplementedError, r"q_proj.bias: biases are not supported")
+    check_refused(source, tmp_path / "out", NotImplementedError, r"q_proj.bias: biases are not supported")
     eights = weights | {"model.norm.weight": np.ones(24, np.int8)}
     source = write_hf(tmp_path / "int8", CONFIGS[NAME], eights)
-    refuse(source, tmp_path / "out", NotImplementedError, r"model.norm.weight is stored as I8")
+    check_refused(source, tmp_path / "out", NotImplementedError, r"model.norm.weight is stored as I8")
 
 
 def test_tied_but_different_output(tmp_path):
@@ -420,7 +420,9 @@ def test_tied_but_different_output(tmp_path):
     cw.convert(write_hf(tmp_path / "same", CONFIGS["tied"], same), tmp_path / "out")
     assert_chunks(tmp_path / "out", expected_chunks(CONFIGS["tied"]))
     source = write_hf(tmp_path / "other", CONFIGS["tied"], same | {"lm_head.weight": same["lm_head.weight"] + 1})
-    refuse(source, tmp_path / "none", InputError, "ties lm_head.weight to model.embed_tokens.weight, and they differ")
+    check_refused(
+        source, tmp_path / "none", InputError, "ties lm_head.weight to model.embed_tokens.weight, and they differ"
+    )
 
 
 def test_rotary_buffers_are_dropped(tmp_path):
@@ -443,38 +445,40 @@ def test_rotary_buffers_are_dropped(tmp_path):
 )
 def test_configs_that_are_refused(tmp_path, error, match, changes):
     config = {key: value for key, value in (CONFIGS[NAME] | changes).items() if value is not None}
-    refuse(write_hf(tmp_path / "hf", config, hf_weights(CONFIGS[NAME])), tmp_path / "out", error, match)
+    check_refused(write_hf(tmp_path / "hf", config, hf_weights(CONFIGS[NAME])), tmp_path / "out", error, match)
 
 
 def test_damaged_hugging_face_folders(source, tmp_path):
     out = tmp_path / "out"
-    refuse(tmp_path / "nothing", out, InputError, "input .*nothing does not exist; give a Hugging Face or Meta folder")
+    check_refused(
+        tmp_path / "nothing", out, InputError, "input .*nothing does not exist; give a Hugging Face or Meta folder"
+    )
     whole = (source / "model.safetensors").read_bytes()
     for size in (0, 5, 100, len(whole) - 1):
         (source / "model.safetensors").write_bytes(whole[:size])
-        refuse(source, out, InputError, "model.safetensors is truncated or damaged")
+        check_refused(source, out, InputError, "model.safetensors is truncated or damaged")
     (source / "model.safetensors").unlink()
-    refuse(source, out, InputError, "has neither model.safetensors nor model.safetensors.index.json")
+    check_refused(source, out, InputError, "has neither model.safetensors nor model.safetensors.index.json")
     index = source / "model.safetensors.index.json"
     index.write_text("{}")
-    refuse(source, out, InputError, "index.json has no weight_map")
+    check_refused(source, out, InputError, "index.json has no weight_map")
     index.write_text('{"weight_map": {"a": "model-9.safetensors"}}')
-    refuse(source, out, InputError, r"model-9.safetensors is missing, and the index names it")
+    check_refused(source, out, InputError, r"model-9.safetensors is missing, and the index names it")
     (source / "config.json").write_text("[1]")
-    refuse(source, out, InputError, "config.json must hold a JSON object, got list")
+    check_refused(source, out, InputError, "config.json must hold a JSON object, got list")
     (source / "config.json").write_text("{")
-    refuse(source, out, InputError, "config.json is not JSON")
+    check_refused(source, out, InputError, "config.json is not JSON")
     (source / "config.json").unlink()
-    refuse(source, out, InputError, "is not a checkpoint: expected config.json with model.safetensors")
+    check_refused(source, out, InputError, "is not a checkpoint: expected config.json with model.safetensors")
 
 
 def test_duplicate_tensor_and_missing_tokenizer(tmp_path):
     source = write_hf(tmp_path / "hf", CONFIGS[NAME], shards=2)
     first = load_file(source / "model-0.safetensors")
     save_file(first | load_file(source / "model-1.safetensors"), source / "model-1.safetensors")
-    refuse(source, tmp_path / "out", InputError, r"duplicate tensor .*: model-1.safetensors holds it")
+    check_refused(source, tmp_path / "out", InputError, r"duplicate tensor .*: model-1.safetensors holds it")
     (source / "tokenizer.json").unlink()
-    refuse(source, tmp_path / "out", InputError, "has no tokenizer: expected tokenizer.json or tokenizer.model")
+    check_refused(source, tmp_path / "out", InputError, "has no tokenizer: expected tokenizer.json or tokenizer.model")
 
 
 @pytest.mark.parametrize(
@@ -502,17 +506,19 @@ def test_duplicate_tensor_and_missing_tokenizer(tmp_path):
 )  # fmt: skip
 def test_gguf_files_that_are_refused(tmp_path, error, match, changes):
     source = write_gguf(tmp_path / "tiny.gguf", gguf_config(NAME), **changes)
-    refuse(source, tmp_path / "out", error, match)
+    check_refused(source, tmp_path / "out", error, match)
 
 
 def test_gguf_tensors_that_are_refused(tmp_path):
     weights = source_weights(gguf_config(NAME), 1)
     bias = weights | {"blk.0.attn_q.bias": np.ones(60, np.float32)}
     source = write_gguf(tmp_path / "bias.gguf", gguf_config(NAME), weights=bias)
-    refuse(source, tmp_path / "out", NotImplementedError, "blk.0.attn_q.bias: biases are not supported")
+    check_refused(source, tmp_path / "out", NotImplementedError, "blk.0.attn_q.bias: biases are not supported")
     small = CONFIGS[NAME] | {"vocab_size": 250}
     source = write_gguf(tmp_path / "small.gguf", small)
-    refuse(source, tmp_path / "out", InputError, "the GGUF tokenizer has 260 tokens, expected at most the model's 250")
+    check_refused(
+        source, tmp_path / "out", InputError, "the GGUF tokenizer has 260 tokens, expected at most the model's 250"
+    )
 
 
 def test_truncated_gguf_at_any_byte(tmp_path):
@@ -536,7 +542,7 @@ def test_truncated_gguf_at_any_byte(tmp_path):
 def test_damaged_gguf(tmp_path, old, new, error, match):
     path = write_gguf(tmp_path / "tiny.gguf", gguf_config("tied"))
     path.write_bytes(path.read_bytes().replace(old, new))
-    refuse(path, tmp_path / "out", error, match)
+    check_refused(path, tmp_path / "out", error, match)
 
 
 def test_unknown_gguf_type(tmp_path):
@@ -550,7 +556,7 @@ def test_unknown_gguf_type(tmp_path):
     }
     for code, (error, match) in codes.items():
         path.write_bytes(data[:at] + code.to_bytes(4, "little") + data[at + 4 :])
-        refuse(path, tmp_path / "out", error, match)
+        check_refused(path, tmp_path / "out", error, match)
 
 
 def test_meta_folders_that_are_refused(tmp_path, fake_torch):
@@ -558,9 +564,9 @@ def test_meta_folders_that_are_refused(tmp_path, fake_torch):
     source = write_meta(tmp_path / "meta", config, shards=2, split_rows=False)
     shard, spare = source / "consolidated.01.pth", source / "spare"
     shard.rename(source / "consolidated.02.pth")
-    refuse(source, out, InputError, r"expected consolidated.00.pth to consolidated.01.pth, found .*02.pth")
+    check_refused(source, out, InputError, r"expected consolidated.00.pth to consolidated.01.pth, found .*02.pth")
     (source / "consolidated.02.pth").rename(spare)
-    refuse(
+    check_refused(
         source, out, InputError, r"tok_embeddings.weight has shape \(512, 12\), expected \(512, 24\)"
     )  # half of a model
     tensors = dict(np.load(io.BytesIO(spare.read_bytes())))
@@ -572,18 +578,18 @@ def test_meta_folders_that_are_refused(tmp_path, fake_torch):
         changed = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
         np.savez(source / "part", **changed)
         (source / "part.npz").rename(shard)
-        refuse(source, out, InputError, match)
+        check_refused(source, out, InputError, match)
     shard.write_bytes(spare.read_bytes())
     (source / "tokenizer.model").unlink()
-    refuse(source, out, InputError, "has no tokenizer: expected tokenizer.model in it or beside it")
+    check_refused(source, out, InputError, "has no tokenizer: expected tokenizer.model in it or beside it")
     (source / "params.json").write_text('{"moe": {"num_experts": 8}}')
-    refuse(source, out, NotImplementedError, r"a mixture of experts \(moe\) is not supported")
+    check_refused(source, out, NotImplementedError, r"a mixture of experts \(moe\) is not supported")
 
 
 def test_meta_without_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     source = write_meta(tmp_path / "meta", CONFIGS["tied"] | {"vocab_size": 512})
-    refuse(source, tmp_path / "out", InputError, "torch is not installed: pip install torch")
+    check_refused(source, tmp_path / "out", InputError, "torch is not installed: pip install torch")
 
 
 # --- Complete or not at all ---
