@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +229,7 @@ def load_windows(
     else:
         windows = _encode(tokenizer, calib_text, length), _encode(tokenizer, text, length)
     if windows[0] == windows[1]:
-        raise InputError(f"texts {calib_text} and {text} begin alike: the tested tokens would not be unseen")
+        raise InputError(f"texts {calib_text or text} and {text} begin alike: the tested tokens would not be unseen")
     if max(map(max, windows)) >= vocab_size:
         raise InputError(f"the tokenizer makes ids above the model's vocabulary of {vocab_size}: it is another model's")
     return tuple(jnp.asarray([first + window], jnp.int32) for window in windows)
@@ -469,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     if sys.stdout:  # None where it was closed
         sys.stdout.reconfigure(errors="replace")  # a terminal without these symbols gets question marks, not a crash
-    say = (lambda *_: None) if args.quiet else print
+    say = (lambda *_: None) if args.quiet else partial(print, flush=True)  # steps take seconds: show each at once
 
     with exit_on_bad_input():
         dtype = pick_dtype(args.dtype, args.device)
@@ -479,7 +480,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         devices = configure_device(args.device)
         ids = [device.id for device in devices]
         say(f"✓ JAX using {len(devices)} {args.device.upper()} device(s): {ids}\n")
-
         mesh = make_mesh(devices)
 
         weights_dir = args.weights_dir or DEFAULT_WEIGHTS
