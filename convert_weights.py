@@ -490,7 +490,7 @@ def _already_converted(output: Path, source: str, dtype: str, overwrite: bool) -
                 raise InputError(f"it was converted with {key} {manifest[key]}, and {expected} is asked for")
         for name in chunk_shapes(manifest["config"]):
             check_chunk(output / name, manifest["chunks"][name])
-    except (InputError, KeyError, TypeError) as error:
+    except InputError as error:
         raise InputError(f"{output} cannot be kept: {error}; --overwrite replaces it") from error
     return True
 

@@ -198,7 +198,8 @@ def read_manifest(weights_dir: Path) -> dict[str, Any]:
     """Reads and checks a weights folder's manifest; its "config" comes back as a `LlamaConfig`.
 
     Raises:
-      InputError: no such folder, an empty one, no manifest, a manifest that cannot be read or of another version.
+      InputError: no such folder, an empty one, no manifest, or one that cannot be read, is of another version, or lists
+        other chunks than its config needs.
     """
     if not weights_dir.is_dir():
         problem = "is not a folder" if weights_dir.exists() else "does not exist"
@@ -219,6 +220,11 @@ def read_manifest(weights_dir: Path) -> dict[str, Any]:
         for key in ("model", "dtype", "source"):
             if type(manifest[key]) is not str:
                 raise TypeError(f"{key} is {type(manifest[key]).__name__}, not text")
+        if manifest["dtype"] not in DTYPES:
+            raise InputError(f"{path}: dtype {manifest['dtype']!r}; expected one of {sorted(DTYPES)}")
+        fits = len(manifest["chunks"]) == manifest["config"].num_hidden_layers + 1  # before an absurd number is built
+        if not fits or set(manifest["chunks"]) != set(chunk_shapes(manifest["config"])):
+            raise InputError(f"{path} lists other chunks than its config needs; convert the model anew")
         return manifest
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); convert the model anew") from error
@@ -305,13 +311,7 @@ def load_weights(
       InputError: the folder, its manifest or a chunk is missing, damaged, altered or not what the config says.
     """
     manifest = read_manifest(weights_dir)
-    if manifest["dtype"] not in DTYPES:
-        raise InputError(f"{weights_dir / MANIFEST}: dtype {manifest['dtype']!r}; expected one of {sorted(DTYPES)}")
-    stored = DTYPES[manifest["dtype"]]
-    fits = len(manifest["chunks"]) == manifest["config"].num_hidden_layers + 1  # before an absurd number is built
-    if not fits or set(manifest["chunks"]) != set(shapes := chunk_shapes(manifest["config"])):
-        raise InputError(f"{weights_dir / MANIFEST} lists other chunks than its config needs; convert the model anew")
-
+    stored, shapes = DTYPES[manifest["dtype"]], chunk_shapes(manifest["config"])
     params: dict[str, Any] = {}
     for name, shape in tqdm(shapes.items(), desc="loading", unit="chunk", disable=None, leave=False):
         check_chunk(weights_dir / name, manifest["chunks"][name])
