@@ -32,6 +32,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 NO_TILE = int(np.iinfo(np.int32).max)  # an unused slot: beyond every index, so that an ascending sort puts it last
 DENSE, ANCHOR, REUSE = "DENSE", "ANCHOR", "REUSE"
+EXACT, FAST = "exact", "fast"  # how an anchor scores
+FAST_ROWS = 4  # rows of a query tile that fast scoring looks at
 
 KASCADE_CACHE: dict[int, np.ndarray] = {}  # layer -> tiles_BKQC that it chose in the last forward; host arrays only
 
@@ -48,15 +50,61 @@ def tile_count(length: int, tile_size: int) -> int:
     return -(-length // tile_size)
 
 
-def select_tiles(
-    scores_BKQP: jax.Array, top_k: int, sink_tiles: int = 0, query_tiles_Q: jax.Array | None = None
-) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """How an anchor chooses key tiles.
+
+    Attributes:
+      tile_size: tokens in a key tile.
+      top_k: key tiles kept per query tile and KV head, its own among them.
+      sink_tiles: the sequence's first tiles, kept before others whatever their mass.
+      query_tile: tokens in a query tile, which share one choice: a multiple of tile_size, and tile_size when left out.
+      scoring: EXACT pools the attention of every row of a query tile, FAST that of FAST_ROWS of them.
+
+    Raises:
+      InputError: a size out of range, or a top_k that has no room for a query tile's own key tiles.
+    """
+
+    tile_size: int = 16
+    top_k: int = 12
+    sink_tiles: int = 0
+    query_tile: int | None = None
+    scoring: str = EXACT
+
+    def __post_init__(self) -> None:
+        if self.query_tile is None:
+            object.__setattr__(self, "query_tile", self.tile_size)
+        for name in ("tile_size", "top_k", "query_tile"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.query_tile % self.tile_size:
+            raise InputError(f"query_tile must be a multiple of tile_size, {self.tile_size}, got {self.query_tile}")
+        if self.top_k < self.span:
+            raise InputError(
+                f"top_k must be at least {self.span}, the key tiles of {self.tile_size} tokens in one query tile of "
+                f"{self.query_tile}, got {self.top_k}"
+            )
+        if self.scoring not in (EXACT, FAST):
+            raise InputError(f"scoring must be {EXACT} or {FAST}, got {self.scoring!r}")
+
+    @property
+    def span(self) -> int:
+        """Key tiles that one query tile covers."""
+        return self.query_tile // self.tile_size
+
+    def scored_rows(self) -> np.ndarray:
+        """int: the rows of a query tile whose attention is pooled; a sample is even and has the first and the last."""
+        rows = self.query_tile if self.scoring == EXACT else min(FAST_ROWS, self.query_tile)
+        return np.linspace(0, self.query_tile - 1, rows).astype(int)
+
+
+def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: jax.Array | None = None) -> jax.Array:
     """Keeps the `top_k` best causal key tiles of each query tile, its own always among them.
 
     Args:
-      scores_BKQP: float, attention mass of each key tile, pooled over a query tile's rows and a group's heads.
-      top_k: tiles to keep, the diagonal one included; more than there are keeps all.
-      sink_tiles: the first tiles of the sequence, where attention sinks lie (arXiv 2309.17453), to keep before others.
+      scores_BKQP: float, attention mass of each key tile, pooled over a query tile's rows and a group's heads; any
+        leading axes.
+      selection: its budget; sinks are where attention sinks lie (arXiv 2309.17453).
       query_tiles_Q: int32, the place of each query tile in the sequence; 0, 1, 2... when left out.
 
     Returns:
@@ -65,19 +113,25 @@ def select_tiles(
     Q, P = scores_BKQP.shape[-2:]
     own_Q1 = (jnp.arange(Q) if query_tiles_Q is None else query_tiles_Q)[:, None]
     key_P = jnp.arange(P)
-    scores_BKQP = jnp.where(key_P < sink_tiles, jnp.finfo(scores_BKQP.dtype).max, scores_BKQP)
-    ranked = jnp.where(key_P == own_Q1, jnp.inf, jnp.where(key_P < own_Q1, scores_BKQP, -jnp.inf))
-    _, tiles = jax.lax.top_k(ranked, min(top_k, P))
-    tiles = jnp.where(tiles <= own_Q1, tiles, NO_TILE)
+    query_of_P = key_P // selection.span  # the query tile that each key tile lies in
+    scores_BKQP = jnp.where(key_P < selection.sink_tiles, jnp.finfo(scores_BKQP.dtype).max, scores_BKQP)
+    ranked = jnp.where(query_of_P == own_Q1, jnp.inf, jnp.where(query_of_P < own_Q1, scores_BKQP, -jnp.inf))
+    _, tiles = jax.lax.top_k(ranked, min(selection.top_k, P))
+    tiles = jnp.where(tiles // selection.span <= own_Q1, tiles, NO_TILE)
     return jnp.sort(tiles.astype(jnp.int32), axis=-1)
+
+
+def seen_tiles(tiles_BKQC: np.ndarray) -> np.ndarray:
+    """int [B, K, Q]: how many key tiles each query tile could choose from; its own are the last, and always chosen."""
+    tiles_BKQC = np.asarray(tiles_BKQC)
+    return np.where(tiles_BKQC == NO_TILE, -1, tiles_BKQC).max(axis=-1) + 1
 
 
 def density_of(tiles_BKQC: np.ndarray | None) -> float:
     """Counted causal density: attended (query tile, key tile) pairs / causal pairs, over all heads; None is dense."""
     if tiles_BKQC is None:
         return 1.0
-    B, K, Q, _ = tiles_BKQC.shape
-    return np.count_nonzero(tiles_BKQC != NO_TILE) / (B * K * Q * (Q + 1) / 2)
+    return np.count_nonzero(tiles_BKQC != NO_TILE) / int(seen_tiles(tiles_BKQC).sum())
 
 
 # --- Similarity of layers ---
@@ -101,10 +155,12 @@ def jaccard_by_head(tiles_a_BKQC: np.ndarray, tiles_b_BKQC: np.ndarray) -> np.nd
     tiles_a, tiles_b = np.asarray(tiles_a_BKQC), np.asarray(tiles_b_BKQC)
     if tiles_a.ndim != 4 or tiles_a.shape != tiles_b.shape:
         raise ValueError(f"expected two equal shapes [B, K, Q, C], got {tiles_a.shape} and {tiles_b.shape}")
-    _, K, Q, C = tiles_a.shape
-    if Q <= C:
+    _, K, _, C = tiles_a.shape
+    seen_Q = seen_tiles(tiles_a)[0, 0]
+    dropping = seen_Q > C
+    if not dropping.any():
         return np.ones((K, K))
-    chosen_a, chosen_b = (_membership(tiles[:, :, C:], Q) for tiles in (tiles_a, tiles_b))
+    chosen_a, chosen_b = (_membership(tiles[:, :, dropping], seen_Q.max()) for tiles in (tiles_a, tiles_b))
     common_BQab = np.einsum("BaQP,BbQP->BQab", chosen_a, chosen_b)
     return np.mean(common_BQab / (2 * C - common_BQab), axis=(0, 1), dtype=np.float64)
 
@@ -364,6 +420,12 @@ def pad_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
 
 # --- Running a model ---
 
+# What XLA's CPU compiler is told. Its usual order of work allots every layer's buffers at once: at 8192 tokens 366 MB a
+# device instead of 90. Its float32 products of the YNNPACK library are no faster than its others here, and keep some
+# 10 MB a layer for themselves; those of bfloat16 are needed.
+CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+CPU_FLOAT32_OPTIONS = CPU_OPTIONS | {"xla_cpu_experimental_ynn_fusion_type": ""}
+
 
 def compile_forward(
     model: Any, params: Any, input_ids: jax.Array, mesh: Mesh | None = None
@@ -371,7 +433,8 @@ def compile_forward(
     """Compiles the model's forward with its loss for these shapes: the one place that jits.
 
     Args:
-      model: a Flax module with the fields `tile_size` and `layout` and the method `next_token_nll`, like LlamaModel.
+      model: a Flax module like LlamaModel, with `selection`, `dtype`, the field `layout` and the method
+        `next_token_nll`.
       params: its variables, on every device of the mesh.
       input_ids: int32 [B, T].
       mesh: one axis called AXIS; without it everything is done on one device.
@@ -382,9 +445,10 @@ def compile_forward(
       the seconds that tracing and compiling took.
     """
     length = input_ids.shape[1]
-    layout = Layout.of(length, model.tile_size, mesh.shape[AXIS] if mesh else 1)
+    query_tile = model.selection.query_tile
+    layout = Layout.of(length, query_tile, mesh.shape[AXIS] if mesh else 1)
     model = model.clone(layout=layout)
-    num_tiles = tile_count(length, model.tile_size)
+    num_query_tiles = tile_count(length, query_tile)
 
     def local(params: Any, ids: jax.Array, next_ids: jax.Array) -> tuple[Any, Any]:
         return model.apply(params, ids, next_ids, method="next_token_nll", mutable=["kascade"])
@@ -397,11 +461,14 @@ def compile_forward(
     def forward(params: Any, input_ids: jax.Array) -> tuple[Any, Any]:
         next_ids = jnp.roll(input_ids, -1, axis=1)
         nll_BT, sown = local(params, layout.spread(input_ids, 1), layout.spread(next_ids, 1))
-        sown = jax.tree.map(lambda tiles: layout.collect(tiles, 2)[:, :, :num_tiles], sown)
+        sown = jax.tree.map(lambda tiles: layout.collect(tiles, 2)[:, :, :num_query_tiles], sown)
         return layout.collect(nll_BT, 1)[:, :length], sown
 
     start = time.perf_counter()
-    compiled = jax.jit(forward).lower(params, input_ids).compile()
+    on_cpu = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform == "cpu"
+    cpu_options = CPU_FLOAT32_OPTIONS if model.dtype == jnp.float32 else CPU_OPTIONS
+    options = cpu_options if on_cpu else None
+    compiled = jax.jit(forward).lower(params, input_ids).compile(compiler_options=options)
     return compiled, time.perf_counter() - start
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kascade_core import AXIS, NO_TILE, Layout, pad_axis, select_tiles, tile_count
+from kascade_core import AXIS, NO_TILE, Layout, Selection, pad_axis, select_tiles, tile_count
 
 IMPLEMENTATIONS = ("xla",)
 
@@ -42,9 +42,7 @@ def choose_tiles(
     q_BTNH: jax.Array,
     k_BKHS: jax.Array,
     *,
-    tile_size: int,
-    top_k: int,
-    sink_tiles: int = 0,
+    selection: Selection,
     layout: Layout | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -54,9 +52,9 @@ def choose_tiles(
     tile's rows and over the query heads of the group. A query tile's own tile and the first `sink_tiles` of the
     sequence are among the chosen whatever their mass.
     """
-    Q = tile_count(q_BTNH.shape[1], tile_size)
-    layout, q_BTNH, k_BKHS, _ = _prepare(q_BTNH, k_BKHS, None, tile_size, layout, implementation)
-    return _choose_xla(q_BTNH, k_BKHS, tile_size, top_k, sink_tiles, layout)[:, :, :Q]
+    Q = tile_count(q_BTNH.shape[1], selection.query_tile)
+    layout, q_BTNH, k_BKHS, _ = _prepare(q_BTNH, k_BKHS, None, selection.query_tile, layout, implementation)
+    return _choose_xla(q_BTNH, k_BKHS, selection, layout)[:, :, :Q]
 
 
 def reuse_attention(
@@ -65,18 +63,18 @@ def reuse_attention(
     v_BKSH: jax.Array,
     tiles_BKQC: jax.Array,
     *,
-    tile_size: int,
+    selection: Selection,
     layout: Layout | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Causal attention to the given tiles only: those are gathered, no other key is touched. Returns out_BTNH."""
-    T = q_BTNH.shape[1]
-    expected = (*k_BKHS.shape[:2], tile_count(T, tile_size))
+    T, query_tile = q_BTNH.shape[1], selection.query_tile
+    expected = (*k_BKHS.shape[:2], tile_count(T, query_tile))
     if tiles_BKQC.ndim != 4 or tiles_BKQC.shape[:3] != expected:
         raise ValueError(f"tiles: expected [B, K, Q, C] with B, K, Q = {expected}, got {tiles_BKQC.shape}")
-    layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, tile_size, layout, implementation)
-    tiles_BKQC = pad_axis(tiles_BKQC, 2, q_BTNH.shape[1] // tile_size)
-    return _reuse_xla(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, tile_size, layout)[:, :T]
+    layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, query_tile, layout, implementation)
+    tiles_BKQC = pad_axis(tiles_BKQC, 2, q_BTNH.shape[1] // query_tile)
+    return _reuse_xla(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, selection, layout)[:, :T]
 
 
 def anchor_attention(
@@ -84,15 +82,13 @@ def anchor_attention(
     k_BKHS: jax.Array,
     v_BKSH: jax.Array,
     *,
-    tile_size: int,
-    top_k: int,
-    sink_tiles: int = 0,
+    selection: Selection,
     layout: Layout | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses tiles, then attends to them alone. Returns out_BTNH and tiles_BKQC."""
-    where = {"tile_size": tile_size, "layout": layout, "implementation": implementation}
-    tiles_BKQC = choose_tiles(q_BTNH, k_BKHS, top_k=top_k, sink_tiles=sink_tiles, **where)
+    where = {"selection": selection, "layout": layout, "implementation": implementation}
+    tiles_BKQC = choose_tiles(q_BTNH, k_BKHS, **where)
     return reuse_attention(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, **where), tiles_BKQC
 
 
@@ -113,7 +109,7 @@ def _prepare(
     q_BTNH: jax.Array,
     k_BKHS: jax.Array,
     v_BKSH: jax.Array | None,
-    tile_size: int,
+    query_tile: int,
     layout: Layout | None,
     implementation: str | None,
 ) -> tuple[Layout, jax.Array, jax.Array, jax.Array | None]:
@@ -128,129 +124,134 @@ def _prepare(
         raise ValueError(f"values: expected {(B, K, S, H)}, got {v_BKSH.shape}")
     if layout:
         return layout, q_BTNH, k_BKHS, v_BKSH
-    layout = Layout.of(T, tile_size)
+    layout = Layout.of(T, query_tile)
     v_BKSH = None if v_BKSH is None else pad_axis(v_BKSH, 2, layout.padded)
     return layout, pad_axis(q_BTNH, 1, layout.padded), pad_axis(k_BKHS, 3, layout.padded), v_BKSH
 
 
 # --- XLA ---
 
+KEYS_AT_ONCE = 1024  # gathered keys in one step of reuse: enough to fill the products, few enough for a core's cache
 
-def _group_queries(q_BTNH: jax.Array, num_kv_heads: int, num_blocks: int) -> jax.Array:
-    """q_JBKGRH: J blocks of R rows, for `lax.map` to go through."""
+
+def _map_heads(
+    attend: Callable, blocks_J: jax.Array, q_BTNH: jax.Array, num_kv_heads: int, *more_BKJ: jax.Array, at_once: int = 1
+) -> jax.Array:
+    """attend(block, head, q_GRH, *more) for every block of queries and KV head of the batch; returns [B, K, J, ...].
+
+    Heads one after the other keep a block's scores in a core's cache, and every product a plain matrix product. `head`
+    counts through the batch: B K. `at_once` runs up to so many together.
+    """
     B, T, N, H = q_BTNH.shape
-    q_BJRKGH = q_BTNH.reshape(B, num_blocks, T // num_blocks, num_kv_heads, N // num_kv_heads, H)
-    return q_BJRKGH.transpose(1, 0, 3, 4, 2, 5)
+    J, K = len(blocks_J), num_kv_heads
+    q_BKJGRH = q_BTNH.reshape(B, J, T // J, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
+    step = jnp.arange(J * B * K)
+    each = [jnp.moveaxis(x, 2, 0).reshape(J * B * K, *x.shape[3:]) for x in (q_BKJGRH, *more_BKJ)]
+    together = next(n for n in range(min(at_once, len(step)), 0, -1) if len(step) % n == 0)
+    out = lax.map(lambda args: attend(*args), (blocks_J[step // (B * K)], step % (B * K), *each), batch_size=together)
+    return jnp.moveaxis(out.reshape(J, B, K, *out.shape[1:]), 0, 2)
 
 
-def _ungroup(out_JBKGRH: jax.Array) -> jax.Array:
-    """The inverse of `_group_queries`."""
-    J, B, K, G, R, H = out_JBKGRH.shape
-    return out_JBKGRH.transpose(1, 0, 4, 2, 3, 5).reshape(B, J * R, K * G, H)
+def _ungroup(out_BKJGRH: jax.Array) -> jax.Array:
+    """Heads and blocks back in their places: out_BTNH."""
+    B, K, J, G, R, H = out_BKJGRH.shape
+    return out_BKJGRH.transpose(0, 2, 4, 1, 3, 5).reshape(B, J * R, K * G, H)
 
 
-def _slice(x: jax.Array, axis: int, block: jax.Array, size: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, block * size, size, axis)
+def _fold_causal(step: Callable, block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Folds step(key_block, carry, masked) over the key blocks that query block `block` sees; masks the last alone."""
+    carry = lax.fori_loop(0, block, lambda key_block, carry: step(key_block, carry, False), carry)
+    return step(block, carry, True)
 
 
-def _fold_causal(step: Callable, block: jax.Array, carry: tuple[jax.Array, ...], R: int) -> tuple[jax.Array, ...]:
-    """Folds step(key_block, carry, mask) over the key blocks that query block `block` sees; masks the last alone."""
-    carry = lax.fori_loop(0, block, lambda key_block, carry: step(key_block, carry, None), carry)
-    return step(block, carry, jnp.tri(R, dtype=bool))
-
-
-def _scores(q_BKGRH: jax.Array, k_BKHW: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Scaled logits, float32, -inf where masked."""
-    scores_BKGRW = matmul("BKGRH,BKHW->BKGRW", q_BKGRH, k_BKHW) * q_BKGRH.shape[-1] ** -0.5
-    return scores_BKGRW if mask is None else jnp.where(mask, scores_BKGRW, -jnp.inf)
+def _block_scores(q_GRH: jax.Array, k_XHS: jax.Array, head: jax.Array, key_block: jax.Array, width: int) -> jax.Array:
+    """Scaled logits of one head's queries with one block of its keys, float32."""
+    k_HW = lax.dynamic_slice(k_XHS, (head, 0, key_block * width), (1, k_XHS.shape[1], width))[0]
+    return matmul("GRH,HW->GRW", q_GRH, k_HW) * q_GRH.shape[-1] ** -0.5
 
 
 def _dense_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout) -> jax.Array:
     """Online softmax over square blocks on and below the diagonal (Milakov & Gimelshein, arXiv 1805.02867)."""
-    R, blocks_J = layout.block, layout.local_blocks()
+    B, K, H, S = k_BKHS.shape
+    R = layout.block
+    k_XHS, v_XSH = k_BKHS.reshape(B * K, H, S), v_BKSH.reshape(B * K, S, H)
 
-    def attend(block_and_queries: tuple[jax.Array, jax.Array]) -> jax.Array:
-        block, q_BKGRH = block_and_queries
-
-        def step(key_block, carry, mask):
+    def attend(block: jax.Array, head: jax.Array, q_GRH: jax.Array) -> jax.Array:
+        def step(key_block, carry, masked):
             top, total, out = carry
-            scores = _scores(q_BKGRH, _slice(k_BKHS, 3, key_block, R), mask)
+            scores = _block_scores(q_GRH, k_XHS, head, key_block, R)
+            scores = jnp.where(jnp.tri(R, dtype=bool), scores, -jnp.inf) if masked else scores
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
-            values = matmul("BKGRW,BKWH->BKGRH", weights.astype(v_BKSH.dtype), _slice(v_BKSH, 2, key_block, R))
+            v_WH = lax.dynamic_slice(v_XSH, (head, key_block * R, 0), (1, R, H))[0]
+            values = matmul("GRW,WH->GRH", weights.astype(v_WH.dtype), v_WH)
             return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + values
 
-        rows = q_BKGRH.shape[:-1]
-        empty = (jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros(q_BKGRH.shape))
-        _, total, out = _fold_causal(step, block, empty, R)
-        return (out / total[..., None]).astype(q_BTNH.dtype)
+        empty = (jnp.full(q_GRH.shape[:-1], -jnp.inf), jnp.zeros(q_GRH.shape[:-1]), jnp.zeros(q_GRH.shape))
+        _, total, out = _fold_causal(step, block, empty)
+        return (out / total[..., None]).astype(q_GRH.dtype)
 
-    q_JBKGRH = _group_queries(q_BTNH, k_BKHS.shape[1], len(blocks_J))
-    return _ungroup(lax.map(attend, (blocks_J, q_JBKGRH)))
+    return _ungroup(_map_heads(attend, layout.local_blocks(), q_BTNH, K))
 
 
-def _choose_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, M: int, top_k: int, sink_tiles: int, layout: Layout) -> jax.Array:
+def _choose_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: Layout) -> jax.Array:
     """One pass over the keys: sums exp(score) tile by tile under each block's own maximum, rescaled at the end."""
-    R, blocks_J, num_tiles = layout.block, layout.local_blocks(), tile_count(layout.length, M)
-    X, P = R // M, layout.padded // M
+    B, K, H, S = k_BKHS.shape
+    R, M, Y = layout.block, selection.tile_size, selection.query_tile
+    X, num_tiles = R // Y, tile_count(layout.length, M)
+    k_XHS = k_BKHS.reshape(B * K, H, S)
+    rows_R = (jnp.arange(X)[:, None] * Y + selection.scored_rows()).reshape(-1)  # all of a block's rows, or a sample
 
-    def choose(block_and_queries: tuple[jax.Array, jax.Array]) -> jax.Array:
-        block, q_BKGRH = block_and_queries
-        rows = q_BKGRH.shape[:-1]
+    def choose(block: jax.Array, head: jax.Array, q_GRH: jax.Array) -> jax.Array:
+        q_GRH = q_GRH if len(rows_R) == R else q_GRH[:, rows_R]
 
-        def step(key_block, carry, mask):
-            tops_BKGRW, mass_BKGRP = carry
-            scores = _scores(q_BKGRH, _slice(k_BKHS, 3, key_block, R), mask)
+        def step(key_block, carry, masked):
+            tops_GRW, mass_GRP = carry
+            scores = _block_scores(q_GRH, k_XHS, head, key_block, R)
+            scores = jnp.where(jnp.arange(R) <= rows_R[:, None], scores, -jnp.inf) if masked else scores
             top = scores.max(-1, keepdims=True)
-            mass = jnp.exp(scores - top).reshape(*rows, X, M).sum(-1)
+            mass = jnp.exp(scores - top).reshape(*scores.shape[:-1], R // M, M).sum(-1)
             return (
-                lax.dynamic_update_slice_in_dim(tops_BKGRW, top, key_block, 4),
-                lax.dynamic_update_slice_in_dim(mass_BKGRP, mass, key_block * X, 4),
+                lax.dynamic_update_slice_in_dim(tops_GRW, top, key_block, 2),
+                lax.dynamic_update_slice_in_dim(mass_GRP, mass, key_block * (R // M), 2),
             )
 
-        empty = (jnp.full((*rows, layout.num_blocks), -jnp.inf), jnp.zeros((*rows, P)))
-        tops_BKGRW, mass_BKGRP = _fold_causal(step, block, empty, R)
-        scale_BKGRW = jnp.exp(tops_BKGRW - tops_BKGRW.max(-1, keepdims=True))
-        mass_BKGRP *= jnp.repeat(scale_BKGRW, X, axis=-1)
-        share_BKGRP = mass_BKGRP / mass_BKGRP.sum(-1, keepdims=True)
-        real_R1 = (block * R + jnp.arange(R) < layout.length)[:, None]  # rows of padding choose nothing
-        share_BKGRP = jnp.where(real_R1, share_BKGRP, 0)
-        scores_BKXP = share_BKGRP.reshape(*rows[:-1], X, M, P).sum((2, 4))[..., :num_tiles]
-        return select_tiles(scores_BKXP, top_k, sink_tiles, block * X + jnp.arange(X))
+        rows = q_GRH.shape[:-1]
+        empty = (jnp.full((*rows, S // R), -jnp.inf), jnp.zeros((*rows, S // M)))
+        tops_GRW, mass_GRP = _fold_causal(step, block, empty)
+        mass_GRP *= jnp.repeat(jnp.exp(tops_GRW - tops_GRW.max(-1, keepdims=True)), R // M, axis=-1)
+        real_R = block * R + rows_R < layout.length  # rows of padding choose nothing
+        share_GRP = mass_GRP * jnp.where(real_R, 1 / mass_GRP.sum(-1), 0)[..., None]
+        scores_XP = share_GRP.reshape(rows[0], X, -1, S // M).sum((0, 2))[:, :num_tiles]
+        return select_tiles(scores_XP, selection, block * X + jnp.arange(X))
 
-    tiles_JBKXC = lax.map(choose, (blocks_J, _group_queries(q_BTNH, k_BKHS.shape[1], len(blocks_J))))
-    J, B, K, _, C = tiles_JBKXC.shape
-    return tiles_JBKXC.transpose(1, 2, 0, 3, 4).reshape(B, K, J * X, C)
+    tiles_BKJXC = _map_heads(choose, layout.local_blocks(), q_BTNH, K)
+    return tiles_BKJXC.reshape(B, K, -1, tiles_BKJXC.shape[-1])
 
 
 def _reuse_xla(
-    q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, tiles_BKQC: jax.Array, M: int, layout: Layout
+    q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, tiles_BKQC: jax.Array, selection: Selection, layout: Layout
 ) -> jax.Array:
-    """Gathers the chosen tiles for a block of query tiles at a time and attends to them in one batch of products."""
+    """Gathers the chosen tiles of one query tile and KV head at a time and attends to them in two products."""
     B, K, H, S = k_BKHS.shape
-    C, X, blocks_J = tiles_BKQC.shape[-1], layout.block // M, layout.local_blocks()
-    J = len(blocks_J)
-    q_JBKGXMH = _group_queries(q_BTNH, K, J).reshape(J, B, K, -1, X, M, H)
-    tiles_JBKXC = tiles_BKQC.reshape(B, K, J, X, C).transpose(2, 0, 1, 3, 4)
-    k_BKPHM = k_BKHS.reshape(B, K, H, S // M, M).transpose(0, 1, 3, 2, 4)
-    v_BKPMH = v_BKSH.reshape(B, K, S // M, M, H)
-    later_MM = ~jnp.tri(M, dtype=bool)
-    take = jax.vmap(jax.vmap(lambda tiles, chosen: tiles[chosen]))
+    M, Y, C = selection.tile_size, selection.query_tile, tiles_BKQC.shape[-1]
+    P, X = S // M, layout.block // Y
+    k_tiles = k_BKHS.transpose(0, 1, 3, 2).reshape(B * K * P, M, H)  # rows, so that gathering a tile copies one piece
+    v_tiles = v_BKSH.reshape(B * K * P, M, H)
+    query_tiles_Q = (layout.local_blocks()[:, None] * X + jnp.arange(X)).reshape(-1)
 
-    def attend(block_queries_tiles: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        block, q_BKGXMH, tiles_BKXC = block_queries_tiles
-        own_X1 = (block * X + jnp.arange(X))[:, None]
-        unused_BKXC = tiles_BKXC == NO_TILE
-        chosen_BKXC = jnp.where(unused_BKXC, 0, tiles_BKXC)
-        scores = matmul("BKGXMH,BKXCHW->BKGXMCW", q_BKGXMH, take(k_BKPHM, chosen_BKXC)) * H**-0.5
-        is_own = (tiles_BKXC == own_X1)[:, :, None, :, None, :, None]
-        hidden = unused_BKXC[:, :, None, :, None, :, None] | (is_own & later_MM[:, None, :])
-        scores = jnp.where(hidden, -jnp.inf, scores)
-        weights = jnp.exp(scores - scores.max((-2, -1), keepdims=True))
-        total = weights.sum((-2, -1))
-        out = matmul("BKGXMCW,BKXCWH->BKGXMH", weights.astype(v_BKSH.dtype), take(v_BKPMH, chosen_BKXC))
-        return (out / total[..., None]).astype(q_BTNH.dtype)
+    def attend(query_tile: jax.Array, head: jax.Array, q_GRH: jax.Array, tiles_C: jax.Array) -> jax.Array:
+        used_C1 = (tiles_C != NO_TILE)[:, None]
+        places = head * P + jnp.where(used_C1[:, 0], tiles_C, 0)
+        k_SH, v_SH = (x.at[places].get(mode="promise_in_bounds").reshape(C * M, H) for x in (k_tiles, v_tiles))
+        key_S = jnp.where(used_C1, tiles_C[:, None] * M + jnp.arange(M), NO_TILE).reshape(-1)
+        row_R1 = query_tile * Y + jnp.arange(Y)[:, None]
+        scores = matmul("GRH,SH->GRS", q_GRH, k_SH) * H**-0.5
+        scores = jnp.where(key_S <= row_R1, scores, -jnp.inf)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        out = matmul("GRS,SH->GRH", weights.astype(v_SH.dtype), v_SH)
+        return (out / weights.sum(-1, keepdims=True)).astype(q_GRH.dtype)
 
-    out_JBKGXMH = lax.map(attend, (blocks_J, q_JBKGXMH, tiles_JBKXC))
-    return _ungroup(out_JBKGXMH.reshape(*out_JBKGXMH.shape[:4], X * M, H))
+    at_once = max(KEYS_AT_ONCE // (C * M), 1)
+    return _ungroup(_map_heads(attend, query_tiles_Q, q_BTNH, K, tiles_BKQC, at_once=at_once))

@@ -19,7 +19,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from kascade_core import ANCHOR, REUSE, InputError, LayerPlan, Layout, freeze_schedule, pad_axis, token_nll
+from kascade_core import (
+    ANCHOR,
+    EXACT,
+    REUSE,
+    InputError,
+    LayerPlan,
+    Layout,
+    Selection,
+    freeze_schedule,
+    pad_axis,
+)
 from kascade_kernels import anchor_attention, choose_tiles, dense_attention, gather_keys, matmul, reuse_attention
 
 # --- Configuration ---
@@ -384,6 +394,8 @@ def _linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any) -> jax.Array:
     return matmul("BTD,DF->BTF", x_BTD.astype(dtype), w_DF.astype(dtype))
 
 
+VOCAB_CHUNK = 1024  # tokens of the vocabulary in one product of the loss: its logits are no larger than the MLP's rows
+
 _matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -396,9 +408,7 @@ class Attention(nn.Module):
 
     config: LlamaConfig
     plan: LayerPlan
-    tile_size: int
-    top_k: int
-    sink_tiles: int
+    selection: Selection
     calibrate: bool
     dtype: Any
 
@@ -429,14 +439,13 @@ class Attention(nn.Module):
         tiles_BKQC: jax.Array | None,
         layout: Layout,
     ) -> tuple[jax.Array, jax.Array | None]:
-        where = {"tile_size": self.tile_size, "layout": layout}
-        budget = {"top_k": self.top_k, "sink_tiles": self.sink_tiles}
+        where = {"selection": self.selection, "layout": layout}
         if self.plan.mode == ANCHOR:
-            return anchor_attention(q_BTNH, k_BKHS, v_BKSH, **budget, **where)
+            return anchor_attention(q_BTNH, k_BKHS, v_BKSH, **where)
         if self.plan.mode == REUSE:
             tiles_BKQC = tiles_BKQC[:, jnp.array(self.plan.head_map)]
             return reuse_attention(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, **where), None
-        chosen_BKQC = choose_tiles(q_BTNH, k_BKHS, **budget, **where) if self.calibrate else None
+        chosen_BKQC = choose_tiles(q_BTNH, k_BKHS, **where) if self.calibrate else None
         return dense_attention(q_BTNH, k_BKHS, v_BKSH, layout=layout), chosen_BKQC
 
 
@@ -459,9 +468,7 @@ class Block(nn.Module):
 
     config: LlamaConfig
     plan: LayerPlan
-    tile_size: int
-    top_k: int
-    sink_tiles: int
+    selection: Selection
     calibrate: bool
     dtype: Any
 
@@ -469,8 +476,7 @@ class Block(nn.Module):
         D = self.config.hidden_size
         self.attention_norm = self.param("attention_norm", nn.initializers.ones, (D,))
         self.ffn_norm = self.param("ffn_norm", nn.initializers.ones, (D,))
-        sizes = (self.tile_size, self.top_k, self.sink_tiles)
-        self.attention = Attention(self.config, self.plan, *sizes, self.calibrate, self.dtype)
+        self.attention = Attention(self.config, self.plan, self.selection, self.calibrate, self.dtype)
         self.feed_forward = FeedForward(self.config, self.dtype)
 
     def __call__(
@@ -498,6 +504,8 @@ class LlamaModel(nn.Module):
       tile_size: tokens in a tile, at least 1.
       top_k: tiles that an anchor keeps per query tile and KV head, at least 1.
       sink_tiles: the sequence's first tiles, kept by every anchor whatever their mass; they count among the top_k.
+      query_tile: tokens that share one choice of tiles, a multiple of tile_size; tile_size when left out.
+      anchor_scoring: "exact", or "fast" from a few rows of each query tile (see `kascade_core.Selection`).
       calibrate: dense layers choose and sow tiles as well, and attend to everything all the same.
       dtype: of the inputs of every matrix product; sums, norms, softmax and loss are float32.
       layout: how the sequence is cut; None, for `__call__` alone, leaves it whole.
@@ -508,15 +516,15 @@ class LlamaModel(nn.Module):
     tile_size: int = 16
     top_k: int = 12
     sink_tiles: int = 0
+    query_tile: int | None = None
+    anchor_scoring: str = EXACT
     calibrate: bool = False
     dtype: Any = jnp.float32
     layout: Layout | None = None
 
     def __post_init__(self) -> None:
         config = self.config
-        for name in ("tile_size", "top_k"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.selection = Selection(self.tile_size, self.top_k, self.sink_tiles, self.query_tile, self.anchor_scoring)
         self.schedule = freeze_schedule(self.schedule, config.num_hidden_layers, config.num_key_value_heads)
         super().__post_init__()
 
@@ -526,23 +534,36 @@ class LlamaModel(nn.Module):
         self.norm = self.param("norm", nn.initializers.ones, (D,))
         if not self.config.tie_word_embeddings:
             self.output = self.param("output", _matrix_init, (D, V))
-        sizes = (self.tile_size, self.top_k, self.sink_tiles)
         self.layer = [  # the list gives its modules the names layer_0, layer_1, ...
-            Block(self.config, plan, *sizes, self.calibrate, self.dtype) for plan in self.schedule
+            Block(self.config, plan, self.selection, self.calibrate, self.dtype) for plan in self.schedule
         ]
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V], for int32 token ids [B, T], on one device."""
-        layout = Layout.of(ids_BT.shape[1], self.tile_size)
+        layout = Layout.of(ids_BT.shape[1], self.selection.query_tile)
         x_BTD = self._residual_stream(pad_axis(ids_BT, 1, layout.padded), layout)
         return self._logits(x_BTD[:, : layout.length])
 
     def next_token_nll(self, ids_BT: jax.Array, next_ids_BT: jax.Array) -> jax.Array:
-        """Negative log likelihood of this shard's next ids, float32 nats [B, T]; never holds [T, V] logits."""
+        """Negative log likelihood of this shard's next ids, float32 nats [B, T]; never holds [T, V] logits.
+
+        The vocabulary is gone through in chunks, with an online log-sum-exp (arXiv 1805.02867).
+        """
         x_BTD = self._residual_stream(ids_BT, self.layout)
-        starts = range(0, x_BTD.shape[1], self.layout.block)
-        rows = [slice(start, start + self.layout.block) for start in starts]
-        return jnp.concatenate([token_nll(self._logits(x_BTD[:, r]), next_ids_BT[:, r]) for r in rows], axis=1)
+
+        def fold(start: jax.Array, size: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            top_BT, total_BT = carry
+            logits_BTV = self._logits(x_BTD, start, size)
+            new_top_BT = jnp.maximum(top_BT, logits_BTV.max(-1))
+            total_BT *= jnp.exp(top_BT - new_top_BT)
+            return new_top_BT, total_BT + jnp.exp(logits_BTV - new_top_BT[..., None]).sum(-1)
+
+        size = min(VOCAB_CHUNK, self.config.vocab_size)
+        whole, rest = divmod(self.config.vocab_size, size)
+        carry = (jnp.full(ids_BT.shape, -jnp.inf), jnp.zeros(ids_BT.shape))
+        carry = jax.lax.fori_loop(0, whole, lambda i, carry: fold(i * size, size, carry), carry)
+        top_BT, total_BT = fold(whole * size, rest, carry) if rest else carry
+        return top_BT + jnp.log(total_BT) - self._target_logits(x_BTD, next_ids_BT)
 
     def _residual_stream(self, ids_BT: jax.Array, layout: Layout) -> jax.Array:
         rope = rope_table(self.config, layout.local_positions())
@@ -554,7 +575,15 @@ class LlamaModel(nn.Module):
                 tiles_by_layer[i] = chosen_BKQC
         return rms_norm(x_BTD, self.norm, self.config.rms_norm_eps)
 
-    def _logits(self, x_BTD: jax.Array) -> jax.Array:
+    def _logits(self, x_BTD: jax.Array, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
+        """Those of `size` tokens of the vocabulary from `start` on, or of all."""
+        size = self.config.vocab_size if size is None else size
         if self.config.tie_word_embeddings:
-            return matmul("BTD,VD->BTV", x_BTD.astype(self.dtype), self.tok_embeddings.astype(self.dtype))
-        return _linear(x_BTD, self.output, self.dtype)
+            w_VD = jax.lax.dynamic_slice_in_dim(self.tok_embeddings, start, size, axis=0)
+            return matmul("BTD,VD->BTV", x_BTD.astype(self.dtype), w_VD.astype(self.dtype))
+        return _linear(x_BTD, jax.lax.dynamic_slice_in_dim(self.output, start, size, axis=1), self.dtype)
+
+    def _target_logits(self, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        """One logit for each token: that of its id."""
+        w_BTD = self.tok_embeddings[ids_BT] if self.config.tie_word_embeddings else self.output.T[ids_BT]
+        return matmul("BTD,BTD->BT", x_BTD.astype(self.dtype), w_BTD.astype(self.dtype))

@@ -19,31 +19,31 @@ def tiles(*rows):
 
 def test_select_tiles_keeps_the_docstring_example():
     scores = jnp.array([[[[0.0, 9.0, 9.0], [0.1, 0.2, 9.0], [0.4, 0.3, 0.0]]]])
-    np.testing.assert_array_equal(core.select_tiles(scores, top_k=2), tiles([0, X], [0, 1], [0, 2]))
+    np.testing.assert_array_equal(core.select_tiles(scores, core.Selection(top_k=2)), tiles([0, X], [0, 1], [0, 2]))
 
 
 def test_select_tiles_prefers_mass_and_always_keeps_the_own_tile():
     scores = jnp.array([[[[5.0, 1.0, 4.0, 3.0]] * 4]])
-    chosen = core.select_tiles(scores, top_k=3)
+    chosen = core.select_tiles(scores, core.Selection(top_k=3))
     np.testing.assert_array_equal(chosen, tiles([0, X, X], [0, 1, X], [0, 1, 2], [0, 2, 3]))
 
 
 def test_select_tiles_places_a_block_of_query_tiles_in_the_sequence():
     scores = jnp.array([[[[5.0, 1.0, 4.0, 3.0]] * 2]])
-    chosen = core.select_tiles(scores, top_k=2, query_tiles_Q=jnp.array([1, 3]))
+    chosen = core.select_tiles(scores, core.Selection(top_k=2), query_tiles_Q=jnp.array([1, 3]))
     np.testing.assert_array_equal(chosen, tiles([0, 1], [0, 3]))
 
 
 def test_select_tiles_keeps_the_sinks_before_the_best_but_after_the_own_tile():
     scores = jnp.array([[[[0.0, 1.0, 4.0, 3.0]] * 4]])
-    chosen = core.select_tiles(scores, top_k=2, sink_tiles=1)
+    chosen = core.select_tiles(scores, core.Selection(top_k=2, sink_tiles=1))
     np.testing.assert_array_equal(chosen, tiles([0, X], [0, 1], [0, 2], [0, 3]))
-    chosen = core.select_tiles(scores, top_k=1, sink_tiles=1)
+    chosen = core.select_tiles(scores, core.Selection(top_k=1, sink_tiles=1))
     np.testing.assert_array_equal(chosen, tiles([0], [1], [2], [3]))
 
 
 def test_select_tiles_with_more_slots_than_tiles_keeps_all():
-    chosen = core.select_tiles(jnp.zeros((1, 1, 2, 2)), top_k=9)
+    chosen = core.select_tiles(jnp.zeros((1, 1, 2, 2)), core.Selection(top_k=9))
     np.testing.assert_array_equal(chosen, tiles([0, X], [0, 1]))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import kascade_core
 import kascade_kernels as kernels
-from kascade_core import NO_TILE, Layout, tile_count
+from kascade_core import NO_TILE, Layout, Selection, tile_count
 from kascade_kernels import IMPLEMENTATIONS
 
 # B, T, N, K, H, tile size, Top-K, and the block that the kernels work in: grouped, multi-query and multi-head; lengths
@@ -34,8 +34,15 @@ def small_blocks(request, monkeypatch):
 
 
 def jitted(function):
-    """Compiled anew for each call, since the block size is no argument."""
-    return lambda *args, **sizes: jax.jit(lambda *args: function(*args, **sizes))(*args)
+    """Compiled anew for each call, since the block size is no argument; a selection's fields are keywords of their own."""
+
+    def run(*args, layout=None, implementation=None, **sizes):
+        where = {"layout": layout, "implementation": implementation} | (
+            {"selection": Selection(**sizes)} if sizes else {}
+        )
+        return jax.jit(lambda *args: function(*args, **where))(*args)
+
+    return run
 
 
 dense_attention = jitted(kernels.dense_attention)
