@@ -11,7 +11,7 @@ import pytest
 
 import kascade_core
 import kascade_kernels as kernels
-from kascade_core import NO_TILE, Layout, Selection, tile_count
+from kascade_core import EXACT, FAST, NO_TILE, Layout, Selection, tile_count
 from kascade_kernels import IMPLEMENTATIONS
 
 # B, T, N, K, H, tile size, Top-K, and the block that the kernels work in: grouped, multi-query and multi-head; lengths
@@ -24,6 +24,7 @@ SHAPES = [
     (1, 150, 2, 1, 4, 16, 4, 64),
 ]
 DTYPES = [jnp.float32, jnp.bfloat16]
+SPANS = [1, 2]  # key tiles in a query tile
 
 
 @pytest.fixture(autouse=True)
@@ -83,25 +84,26 @@ def causal(T):
     return np.tri(T, dtype=bool)[None, None, None]
 
 
-def visible_tiles(tiles, tile_size, T):
+def visible_tiles(tiles, tile_size, T, span=1):
     """[B, K, 1, T, S]: what attending to these tiles may see."""
     B, K, Q, _ = tiles.shape
-    chosen = np.zeros((B, K, Q, Q), bool)
+    chosen = np.zeros((B, K, Q, Q * span), bool)
     for b, k, q in np.ndindex(B, K, Q):
         chosen[b, k, q, [tile for tile in tiles[b, k, q] if tile != NO_TILE]] = True
-    spread = chosen.repeat(tile_size, 2).repeat(tile_size, 3)[:, :, None, :T, :T]
+    spread = chosen.repeat(tile_size * span, 2).repeat(tile_size, 3)[:, :, None, :T, :T]
     return spread & causal(T)
 
 
-def random_tiles(shape, seed=0):
-    """Any causal choice with the own tile in it, sorted, with unused slots also where there were tiles to take."""
+def random_tiles(shape, span=1, seed=0):
+    """Any causal choice with the own tiles in it, sorted, with unused slots also where there were tiles to take."""
     B, T, _, K, _, tile_size, top_k = shape[:7]
-    Q = tile_count(T, tile_size)
+    Q, P = tile_count(T, tile_size * span), tile_count(T, tile_size)
     rng = np.random.default_rng(seed)
-    tiles = np.full((B, K, Q, min(top_k, Q)), NO_TILE, np.int32)
+    tiles = np.full((B, K, Q, min(max(top_k, span), P)), NO_TILE, np.int32)
     for b, k, q in np.ndindex(B, K, Q):
-        others = rng.permutation(q)[: rng.integers(0, tiles.shape[-1])]
-        tiles[b, k, q, : len(others) + 1] = sorted([*others, q])
+        own = range(q * span, min((q + 1) * span, P))
+        others = rng.permutation(q * span)[: rng.integers(0, tiles.shape[-1] - len(own) + 1)]
+        tiles[b, k, q, : len(others) + len(own)] = sorted([*others, *own])
     return tiles
 
 
@@ -133,29 +135,38 @@ def test_dense_equals_naive(shape, dtype, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_reuse_equals_naive_over_the_chosen_tiles(shape, dtype, implementation):
-    qkv, tiles = inputs(shape, dtype), random_tiles(shape)
-    got = reuse_attention(*qkv, tiles, tile_size=shape[5], implementation=implementation)
-    check_error(got, qkv, visible_tiles(tiles, shape[5], shape[1]))
+@pytest.mark.parametrize("span", SPANS)
+def test_reuse_equals_naive_over_the_chosen_tiles(shape, dtype, implementation, span):
+    qkv, tiles = inputs(shape, dtype), random_tiles(shape, span)
+    sizes = {"tile_size": shape[5], "query_tile": shape[5] * span, "top_k": tiles.shape[-1] + 1}
+    got = reuse_attention(*qkv, tiles, implementation=implementation, **sizes)
+    check_error(got, qkv, visible_tiles(tiles, shape[5], shape[1], span))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sink_tiles", [0, 1])
-def test_chosen_tiles_are_those_of_a_naive_pooling(shape, sink_tiles, implementation):
+@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("scoring", [EXACT, FAST])
+def test_chosen_tiles_are_those_of_a_naive_pooling(shape, sink_tiles, span, scoring, implementation):
     B, T, N, K, _, tile_size, top_k = shape[:7]
+    top_k, query_tile = max(top_k, span), tile_size * span
     q, k, _ = inputs(shape, jnp.float32)
-    Q = tile_count(T, tile_size)
-    sizes = {"tile_size": tile_size, "top_k": top_k, "sink_tiles": sink_tiles, "implementation": implementation}
-    got = np.asarray(choose_tiles(q, k, **sizes))
-    mass = np.zeros((B, K, N // K, Q * tile_size, Q * tile_size))
+    Q, P = tile_count(T, query_tile), tile_count(T, tile_size)
+    sizes = {"tile_size": tile_size, "query_tile": query_tile, "top_k": top_k, "sink_tiles": sink_tiles}
+    got = np.asarray(choose_tiles(q, k, scoring=scoring, implementation=implementation, **sizes))
+    mass = np.zeros((B, K, N // K, Q * query_tile, Q * query_tile))
     mass[..., :T, :T] = naive_probabilities(q, k, causal(T), np.float64)
-    mass = mass.reshape(B, K, N // K, Q, tile_size, Q, tile_size).sum((2, 4, 6))
+    mass = mass.reshape(B, K, N // K, Q, query_tile, Q * span, tile_size)
+    if scoring == FAST:  # four rows, the first and the last among them
+        mass = mass[:, :, :, :, [round(i) for i in np.linspace(0, query_tile - 1, min(4, query_tile)) // 1]]
+    mass = mass.sum((2, 4, 6))
     mass[..., :sink_tiles] = np.inf
-    assert got.shape == (B, K, Q, min(top_k, Q))
+    assert got.shape == (B, K, Q, min(top_k, P))
     for b, h, t in np.ndindex(B, K, Q):
-        others = np.argsort(-mass[b, h, t, :t], kind="stable")[: top_k - 1]
-        expected = sorted([*others, t])
+        own = range(t * span, min((t + 1) * span, P))
+        others = np.argsort(-mass[b, h, t, : t * span], kind="stable")[: top_k - len(own)]
+        expected = sorted([*others, *own])
         assert got[b, h, t].tolist() == expected + [NO_TILE] * (got.shape[-1] - len(expected))
 
 
