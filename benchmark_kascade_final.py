@@ -12,39 +12,28 @@ interleaved, median with min and max). Without weights it first makes those of i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import importlib.metadata
-import json
 import os
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # only its tokenizers are used: no word on missing PyTorch
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the weights folder
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import convert_weights
 from kascade_core import (
-    ANCHOR,
-    DENSE,
+    EXACT,
+    FAST,
+    FAST_ROWS,
     KASCADE_CACHE,
-    NO_TILE,
-    REUSE,
-    Decision,
     InputError,
-    LayerPlan,
+    Selection,
     add_head_maps,
     attended_tiles,
     calibrate_kascade,
@@ -58,14 +47,40 @@ from kascade_core import (
     similarity_matrix,
     tile_count,
 )
+from kascade_kernels import compile_attention
+from kascade_report import (
+    RULE,
+    SweepRow,
+    describe_config,
+    describe_run,
+    format_attention,
+    format_break_even,
+    format_chosen,
+    format_configuration,
+    format_model,
+    format_results,
+    format_schedule,
+    format_sparse_layers,
+    format_sweep_header,
+    format_sweep_row,
+    format_timing,
+    schedule_rows,
+    versions,
+    write_json,
+)
+from kascade_setup import (
+    DEFAULT_TEXT,
+    DEFAULT_WEIGHTS,
+    DTYPES,
+    configure_device,
+    exit_on_bad_input,
+    free_memory,
+    load_tokenizer,
+    load_windows,
+    peak_memory,
+    pick_dtype,
+)
 from llama_model import LlamaModel, count_parameters, load_weights
-
-DEFAULT_WEIGHTS = Path("llama_weights_chunked")
-DEFAULT_TEXT = Path(__file__).with_name("wikipedia_sample.txt")
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-MAX_DEGRADATION = 2.0  # percent; the guide's bar for success
-RULE = "=" * 70
-
 
 # --- Flags ---
 
@@ -98,6 +113,18 @@ def _share(text: str) -> float:
     return value
 
 
+def _lengths(text: str) -> list[int]:
+    lengths = sorted({_at_least_one(part) for part in text.split(",")})
+    if lengths[-1] >= 2**31:
+        raise argparse.ArgumentTypeError(f"positions are 32-bit numbers, got {lengths[-1]}")
+    return lengths
+
+
+def selection_of(args: argparse.Namespace) -> Selection:
+    """The anchors' rule as the flags give it."""
+    return Selection(args.tile_size, args.top_k, args.sink_tiles, args.query_tile, args.anchor_scoring)
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; bad values exit with code 2."""
     parser = convert_weights.OneSentenceParser(
@@ -111,6 +138,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=_at_least_zero,
         default=1,
         help="first tiles of the text that every query tile keeps, counted among the top_k (default 1)",
+    )
+    parser.add_argument(
+        "--query_tile",
+        type=_at_least_one,
+        help="tokens that share one choice of tiles, a multiple of tile_size (default: tile_size)",
+    )
+    parser.add_argument(
+        "--anchor_scoring",
+        default=EXACT,
+        choices=[EXACT, FAST],
+        help=f"anchors score all rows of a query tile, or {FAST_ROWS} of them (default {EXACT})",
     )
     parser.add_argument("--threshold", type=_share, default=0.65, help="least similarity to reuse (default 0.65)")
     parser.add_argument(
@@ -137,6 +175,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="of matrix inputs; auto is bfloat16 where the hardware multiplies it natively, otherwise float32",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
+    parser.add_argument(
+        "--sweep",
+        type=_lengths,
+        default=[],
+        metavar="N,N,...",
+        help="also time these lengths, with the run's schedule and the tested tokens, repeated where they are too few",
+    )
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--verbose", action="store_true", help="also print each layer's tiles")
     noise.add_argument("--quiet", action="store_true", help="print the results alone")
@@ -145,6 +190,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("argument --seq_len: must be at least 2, for perplexity predicts every token but the first, got 1")
     if args.tile_size > args.seq_len:
         parser.error(f"argument --tile_size: must be at most seq_len, {args.seq_len}, got {args.tile_size}")
+    try:
+        args.query_tile = selection_of(args).query_tile
+    except InputError as error:
+        parser.error(str(error))
+    if too_short := [length for length in args.sweep if length < max(2, args.tile_size)]:
+        parser.error(f"argument --sweep: lengths must be at least tile_size and 2, got {too_short[0]}")
     if args.sink_tiles > args.top_k:
         parser.error(f"argument --sink_tiles: must be at most top_k, {args.top_k}, got {args.sink_tiles}")
     if args.json and not _can_be_written(args.json):
@@ -159,89 +210,6 @@ def _can_be_written(path: Path) -> bool:
         return plain and path.resolve().parent.is_dir() and os.access(path.resolve().parent, os.W_OK)
     except OSError:  # a name too long, say
         return False
-
-
-# --- Set-up ---
-
-
-def configure_device(device: str) -> list[jax.Device]:
-    """Makes JAX compute on `device` ("cpu", "tpu" or "gpu"). Raises InputError where JAX sees none.
-
-    Every CPU core becomes a device: XLA's own threads inside one device leave much of a machine idle.
-    """
-    platforms = {"cpu": "cpu", "tpu": "tpu,cpu", "gpu": "cuda,cpu"}  # with no platform left, JAX fails an assertion
-    jax.config.update("jax_platforms", platforms[device])
-    with contextlib.suppress(RuntimeError):  # JAX is running already, and keeps the devices it has
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    try:
-        return jax.devices(device)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"JAX sees no {device.upper()} here ({reason}); try --device cpu") from error
-
-
-def pick_dtype(name: str, device: str) -> str:
-    """Resolves "auto": bfloat16 on accelerators and on CPUs with AMX, where it is several times faster than float32."""
-    if name != "auto":
-        return name
-    cpuinfo = Path("/proc/cpuinfo")
-    has_amx = cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()
-    return "bfloat16" if device != "cpu" or has_amx else "float32"
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
-    except UnicodeDecodeError as error:
-        raise InputError(f"text {path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"text {path} cannot be read: {error.strerror}") from error
-
-
-def _encode(tokenizer: Any, path: Path, needed: int) -> list[int]:
-    """At least the first `needed` token ids of a text file, without special tokens."""
-    text = _read_text(path)
-    for part in (text[: 16 * needed], text):  # the start of a long text is enough, unless its tokens are very long
-        ids = tokenizer.encode(part, add_special_tokens=False)
-        if len(ids) >= needed + 16:  # a token or so before the cut may differ from the whole text's
-            break
-    if len(ids) < needed:
-        raise InputError(f"text {path} is too short: it has {len(ids)} tokens, and {needed} are needed")
-    return ids[:needed]
-
-
-def load_windows(
-    tokenizer: Any, text: Path, calib_text: Path | None, seq_len: int, vocab_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Calibration and test ids, int32 [1, seq_len] each, that share no token of the text.
-
-    Where the tokenizer begins a text with its BOS token, each window does, as the model was trained; it counts.
-
-    Raises:
-      InputError: a text that cannot be read or is too short, two texts that begin alike, a tokenizer of another model.
-    """
-    first = tokenizer.encode("")  # what the tokenizer puts before every text: BOS or nothing
-    first = first[:1] if first[:1] == [tokenizer.bos_token_id] else []
-    length = seq_len - len(first)
-    if calib_text is None or calib_text.resolve() == text.resolve():
-        ids = _encode(tokenizer, text, 2 * length)
-        windows = ids[:length], ids[length:]
-    else:
-        windows = _encode(tokenizer, calib_text, length), _encode(tokenizer, text, length)
-    if windows[0] == windows[1]:
-        raise InputError(f"texts {calib_text or text} and {text} begin alike: the tested tokens would not be unseen")
-    if max(map(max, windows)) >= vocab_size:
-        raise InputError(f"the tokenizer makes ids above the model's vocabulary of {vocab_size}: it is another model's")
-    return tuple(jnp.asarray([first + window], jnp.int32) for window in windows)
-
-
-def load_tokenizer(weights_dir: Path) -> Any:
-    """The tokenizer that convert_weights.py put beside the weights. Raises InputError where it cannot be loaded."""
-    try:
-        return AutoTokenizer.from_pretrained(weights_dir)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"weights folder {weights_dir} has no usable tokenizer ({reason}); convert anew") from error
 
 
 # --- Measuring ---
@@ -276,193 +244,44 @@ def time_interleaved(forwards: Mapping[str, Callable[[], Any]], n_runs: int) -> 
     return samples
 
 
-# --- Reporting: every function returns text, only main prints ---
+def measure_length(
+    models: Mapping[str, LlamaModel], params: Any, ids: jax.Array, length: int, mesh: jax.sharding.Mesh, n_runs: int
+) -> SweepRow:
+    """Times {"dense", "sparse"} on `length` tokens: those of ids [1, T], repeated where they are too few.
+
+    Nothing is run where the compiled programs say that they need more memory than there is.
+    """
+    shape = jax.ShapeDtypeStruct((1, length), ids.dtype)
+    compiled = {name: compile_forward(model, params, shape, mesh)[0] for name, model in models.items()}
+    device = mesh.devices.flat[0]
+    needed = max(_working_memory(program, mesh) for program in compiled.values())
+    free = free_memory(device)
+    if free is not None and needed > free:
+        return SweepRow(
+            length, skipped=f"needs {needed / 1e9:.1f} GB beside the weights, and {free / 1e9:.1f} are free"
+        )
+    ids = jnp.resize(ids, (1, length))
+    _, sown = compiled["sparse"](params, ids)
+    publish_tiles(sown)
+    density = mean_density(models["sparse"])
+    samples = time_interleaved({name: partial(program, params, ids) for name, program in compiled.items()}, n_runs)
+    return SweepRow(length, samples["dense"], samples["sparse"], density, peak_memory(device))
 
 
-def format_configuration(args: argparse.Namespace, dtype: str) -> str:
-    """The guide's configuration section."""
-    return (
-        "⚙️  Configuration:\n"
-        f"   Device:           {args.device.upper()}\n"
-        f"   Dtype:            {dtype}\n"
-        f"   Sequence Length:  {args.seq_len}\n"
-        f"   Tile Size:        {args.tile_size}\n"
-        f"   Top-K Tiles:      {args.top_k}\n"
-        f"   Sink Tiles:       {args.sink_tiles}\n"
-        f"   Threshold:        {args.threshold:.2%}\n"
-        f"   Max Reuse Dist:   {args.max_reuse_dist}\n"
-    )
+def _working_memory(program: Any, mesh: jax.sharding.Mesh) -> int:
+    """Bytes that a compiled program takes besides its arguments, on the one memory that a CPU's devices share."""
+    stats = program.memory_analysis()
+    needed = stats.temp_size_in_bytes + stats.output_size_in_bytes
+    return needed * (mesh.size if mesh.devices.flat[0].platform == "cpu" else 1)
 
 
-def format_model(manifest: Mapping[str, Any], params: Any) -> str:
-    """One line: the model's name, layers, parameters, and size as it lies on the device."""
-    size_mb = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 1e6
-    millions = count_parameters(params) / 1e6
-    layers = manifest["config"].num_hidden_layers
-    return f"✓ {manifest['model']}: {layers} layers, {millions:.1f}M parameters, {size_mb:.0f} MB\n"
-
-
-def format_schedule(decisions: Sequence[Decision], threshold: float, max_reuse_dist: int) -> str:
-    """The guide's schedule section: a line with the reason for each layer, the count, the strip of layer types."""
-    lines = [f"   Similarity threshold: {threshold:.2%}", f"   Max reuse distance: {max_reuse_dist}"]
-    for layer, decision in enumerate(decisions):
-        target = f" L{decision.anchor}" if decision.mode == REUSE else ""
-        lines.append(f"  Layer {layer}: {decision.mode}{target} ({decision.reason})")
-    reused = sum(decision.mode == REUSE for decision in decisions)
-    lines += ["", f"📋 Final Schedule: {reused} REUSE, {len(decisions) - reused} ANCHOR/DENSE", ""]
-    return "\n".join(lines) + "\n" + format_strip(decisions)
-
-
-def format_strip(decisions: Sequence[Decision], per_row: int = 15) -> str:
-    """Layer numbers over layer types over the reused layer, `per_row` layers in a row."""
-    cells = [
-        (str(layer), {DENSE: "DENSE", ANCHOR: "ANC", REUSE: "REU"}[mode], f"L{anchor}" if mode == REUSE else "")
-        for layer, (mode, anchor, _, _) in enumerate(decisions)
-    ]
-    lines = []
-    for start in range(0, len(cells), per_row):
-        for name, row in zip(("Layer:", "Type: ", "From: "), zip(*cells[start : start + per_row]), strict=True):
-            lines.append(f"{name} " + "".join(f"{cell:>6}" for cell in row).rstrip())
-    return "\n".join(lines) + "\n"
-
-
-def format_chosen(layer: int, tiles_BKQC: np.ndarray) -> str:
-    """The guide's line on an anchor: the tiles of head 0 for the last query tile, which sees all tiles."""
-    tiles = tiles_BKQC[0, 0, -1]
-    return f"  [Anchor L{layer}] Selected Top-{tiles.size} Tiles (Head 0): {np.sort(tiles[tiles != NO_TILE])}"
-
-
-def format_sparse_layers(
-    plans: Sequence[LayerPlan], attended: Mapping[int, np.ndarray | None], tile_size: int, seq_len: int
-) -> str:
-    """The guide's per-layer lines of a sparse run, for the last query tile."""
-    lines = []
-    for layer, plan in enumerate(plans):
-        if plan.mode == DENSE:
-            lines.append(f"  [Dense  L{layer}] Using all {tile_count(seq_len, tile_size)} tiles ({seq_len} tokens)")
-        elif plan.mode == ANCHOR:
-            lines.append(format_chosen(layer, attended[layer]))
-        else:
-            heads = ", ".join(f"H{head} uses Anchor H{source}" for head, source in enumerate(plan.head_map))
-            lines.append(f"  [Reuse  L{layer}] Applied Map (Anchor L{plan.anchor}): {heads}")
-        if plan.mode != DENSE:
-            tokens = count_tokens(attended[layer][0, 0, -1], tile_size, seq_len)
-            lines.append(f"  [{plan.mode.title():6} L{layer}] Using {tokens} sparse tokens (vs {seq_len} full)")
-    return "\n".join(lines)
-
-
-def count_tokens(tiles_C: np.ndarray, tile_size: int, seq_len: int) -> int:
-    """Tokens in the given tiles; the sequence's last tile may be partly filled."""
-    used = tiles_C[tiles_C != NO_TILE].astype(np.int64)
-    return int(np.sum(np.minimum(tile_size, seq_len - used * tile_size)))
-
-
-def format_results(dense_ppl: float, sparse_ppl: float, degradation_pct: float, density: float) -> str:
-    """The guide's results section; the verdict fails as plainly as it passes."""
-    lines = [
-        RULE,
-        "📊 RESULTS ON REAL TEXT:",
-        RULE,
-        "",
-        f"   Dense Perplexity:  {dense_ppl:.4f}",
-        f"   Sparse Perplexity: {sparse_ppl:.4f}",
-        f"   Degradation:       {degradation_pct:+.4f}%",
-        f"   Density:           {density:.2%} of the causal (query tile, key tile) pairs, counted over all layers",
-        "   (Rows of one query tile share their choice of tiles, so later rows help choose for earlier ones.)",
-        "",
-    ]
-    if density == 1:
-        lines.append("⚠️  Nothing was dropped: Top-K covers all tiles. Lower --top_k, or raise --seq_len.")
-    elif degradation_pct < MAX_DEGRADATION:
-        lines.append(f"✅✅✅ SUCCESS! <{MAX_DEGRADATION:.0f}% degradation achieved!")
-    else:
-        lines.append(f"❌ FAILED: degradation {degradation_pct:+.2f}% is not under {MAX_DEGRADATION:.0f}%.")
-    return "\n".join(lines) + "\n"
-
-
-def format_timing(samples: Mapping[str, Sequence[float]], speedup: float, meaning: str) -> str:
-    """The guide's timing results, with what the numbers mean."""
-    n_runs = len(samples["dense"])
-    lines = [f"📊 Timing Results (median [min, max] of {n_runs} runs):"]
-    for name, times in samples.items():
-        label = f"{name.title()}:"
-        lines.append(f"   {label:8} {statistics.median(times):9.2f} ms  [{min(times):.2f}, {max(times):.2f}]")
-    lines += [f"   Speedup: {speedup:.2f}x", f"   ({meaning})", ""]
-    if speedup > 1:
-        lines.append(f"✅ Sparse is {speedup:.2f}x faster!")
-    else:
-        lines.append(f"⚠️  Speedup: {speedup:.2f}x: sparse is no faster here. Try a longer --seq_len.")
-    return "\n".join(lines)
-
-
-def schedule_rows(
-    decisions: Sequence[Decision], plans: Sequence[LayerPlan], attended: Mapping[int, np.ndarray | None]
-) -> list[dict[str, Any]]:
-    """The schedule as --json holds it: a row a layer, its density counted in the sparse run."""
-    return [
-        {
-            "layer": layer,
-            "mode": plan.mode,
-            "anchor": plan.anchor,
-            "similarity": decision.similarity,
-            "reason": decision.reason,
-            "head_map": plan.head_map,
-            "density": density_of(attended[layer]),
-        }
-        for layer, (decision, plan) in enumerate(zip(decisions, plans, strict=True))
-    ]
-
-
-def describe_run(args: argparse.Namespace, devices: Sequence[jax.Device], dtype: str, density: float) -> str:
-    """What a timing means: everything that it depends on."""
-    return (
-        f"whole forward and loss on {len(devices)} {args.device.upper()} device(s), {devices[0].device_kind}, {dtype}; "
-        f"{args.seq_len} tokens, tile {args.tile_size}, Top-K {args.top_k}, density {density:.2%}, n = {args.n_runs}"
-    )
-
-
-def describe_config(args: argparse.Namespace, weights_dir: Path, dtype: str) -> dict[str, Any]:
-    """The run's settings as --json holds them, "auto" and defaults resolved."""
-    names = ("tile_size", "top_k", "sink_tiles", "threshold", "max_reuse_dist", "seq_len", "n_runs")
-    settings = {name: getattr(args, name) for name in names}
-    paths = {"weights_dir": weights_dir, "text": args.text, "calib_text": args.calib_text or args.text}
-    return {"device": args.device, "dtype": dtype} | settings | {name: str(path) for name, path in paths.items()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    packages = ("jax", "jaxlib", "flax", "numpy", "transformers")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-
-
-def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Writes the report whole or not at all."""
-    path = path.resolve()  # what a symbolic link points to, not the link
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def mean_density(model: LlamaModel) -> float:
+    """Of all layers, counted in the tiles of the last forward, which was this model's."""
+    attended = attended_tiles(model.schedule, KASCADE_CACHE)
+    return statistics.mean(density_of(tiles) for tiles in attended.values())
 
 
 # --- The run ---
-
-
-@contextlib.contextmanager
-def exit_on_bad_input() -> Iterator[None]:
-    """Turns what a user can mend into one sentence on stderr and exit code 2."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
-        os._exit(2)  # an orderly exit would wait for, or crash, what JAX is still computing
-    except (InputError, NotImplementedError, OSError) as error:
-        message = " ".join(str(error).split())
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -501,7 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"   Test:        {test_ids.size} tokens of {args.text.name} (UNSEEN)\n")
 
         say(f"📊 Calibrating on {(args.calib_text or args.text).name}...")
-        sizes = {name: getattr(args, name) for name in ("tile_size", "top_k", "sink_tiles")}
+        names = ("tile_size", "top_k", "sink_tiles", "query_tile", "anchor_scoring")
+        sizes = {name: getattr(args, name) for name in names}
         model_dense = LlamaModel(config, dtype=DTYPES[dtype], **sizes)
         calibrate_kascade(model_dense, params, calib_ids, args.tile_size, args.top_k, mesh)
         calibration = dict(KASCADE_CACHE)
@@ -524,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         attended = attended_tiles(model_sparse.schedule, KASCADE_CACHE)
         if args.verbose:
             say(format_sparse_layers(model_sparse.schedule, attended, args.tile_size, args.seq_len))
-        density = statistics.mean(density_of(tiles) for tiles in attended.values())
+        density = mean_density(model_sparse)
         degradation_pct = (sparse.perplexity / dense.perplexity - 1) * 100
         print("\n" + format_results(dense.perplexity, sparse.perplexity, degradation_pct, density))
 
@@ -534,7 +354,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("  Warming up...\n  Timing Dense and Sparse in turn...\n")
         samples = time_interleaved({"dense": dense.forward, "sparse": sparse.forward}, args.n_runs)
         speedup = statistics.median(samples["dense"]) / statistics.median(samples["sparse"])
-        print(format_timing(samples, speedup, describe_run(args, devices, dtype, density)))
+        meaning = f"{describe_run(args, devices, dtype)}; {args.seq_len} tokens, density {density:.2%}"
+        print(format_timing(samples, speedup, meaning))
+
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        kinds = compile_attention(heads, args.seq_len, selection_of(args), DTYPES[dtype], mesh)
+        attention = time_interleaved(kinds, args.n_runs)
+        print("\n" + format_attention(attention))
+
+        rows = []
+        if args.sweep:
+            print("\n" + format_sweep_header(describe_run(args, devices, dtype)))
+        for length in args.sweep:
+            models = {"dense": model_dense, "sparse": model_sparse}
+            rows.append(measure_length(models, params, test_ids, length, mesh, args.n_runs))
+            print(format_sweep_row(rows[-1]), flush=True)
+        if args.sweep:
+            print(format_break_even(rows))
 
         if args.json:
             report = {
@@ -549,7 +385,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "sparse": {"perplexity": sparse.perplexity, "compile_s": sparse.compile_s},
                 "degradation_pct": degradation_pct,
                 "density": density,
-                "timing": {"dense_ms": samples["dense"], "sparse_ms": samples["sparse"]},
+                "timing": {
+                    "dense_ms": samples["dense"],
+                    "sparse_ms": samples["sparse"],
+                    "attention_ms": attention,
+                },
+                "sweep": [dataclasses.asdict(row) for row in rows],
+                "peak_memory_bytes": peak_memory(devices[0]),
                 "speedup": speedup,
                 "versions": versions(),
                 "device": {"platform": args.device, "kind": devices[0].device_kind, "count": len(devices)},

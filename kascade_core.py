@@ -427,16 +427,23 @@ CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 CPU_FLOAT32_OPTIONS = CPU_OPTIONS | {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
+def compile_ahead(function: Callable[..., Any], args: Sequence[Any], dtype: Any, mesh: Mesh | None) -> Any:
+    """Compiles `function`, whose products are of `dtype`, for arguments of these shapes: the one place that jits."""
+    on_cpu = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform == "cpu"
+    cpu_options = CPU_FLOAT32_OPTIONS if dtype == jnp.float32 else CPU_OPTIONS
+    return jax.jit(function).lower(*args).compile(compiler_options=cpu_options if on_cpu else None)
+
+
 def compile_forward(
     model: Any, params: Any, input_ids: jax.Array, mesh: Mesh | None = None
 ) -> tuple[Callable[..., Any], float]:
-    """Compiles the model's forward with its loss for these shapes: the one place that jits.
+    """Compiles the model's forward with its loss for these shapes.
 
     Args:
       model: a Flax module like LlamaModel, with `selection`, `dtype`, the field `layout` and the method
         `next_token_nll`.
       params: its variables, on every device of the mesh.
-      input_ids: int32 [B, T].
+      input_ids: int32 [B, T], or a `jax.ShapeDtypeStruct`.
       mesh: one axis called AXIS; without it everything is done on one device.
 
     Returns:
@@ -465,10 +472,7 @@ def compile_forward(
         return layout.collect(nll_BT, 1)[:, :length], sown
 
     start = time.perf_counter()
-    on_cpu = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform == "cpu"
-    cpu_options = CPU_FLOAT32_OPTIONS if model.dtype == jnp.float32 else CPU_OPTIONS
-    options = cpu_options if on_cpu else None
-    compiled = jax.jit(forward).lower(params, input_ids).compile(compiler_options=options)
+    compiled = compile_ahead(forward, (params, input_ids), model.dtype, mesh)
     return compiled, time.perf_counter() - start
 
 

@@ -13,13 +13,17 @@ are this shard's dealt blocks, keys and values the whole padded sequence (see `g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kascade_core import AXIS, NO_TILE, Layout, Selection, pad_axis, select_tiles, tile_count
+from kascade_core import AXIS, NO_TILE, Layout, Selection, compile_ahead, pad_axis, select_tiles, tile_count
 
 IMPLEMENTATIONS = ("xla",)
 
@@ -97,6 +101,42 @@ def gather_keys(x: jax.Array, axis: int, layout: Layout) -> jax.Array:
     if layout.num_shards == 1:
         return x
     return layout.collect(lax.all_gather(x, AXIS, axis=axis, tiled=True), axis)
+
+
+def compile_attention(
+    heads: tuple[int, int, int], length: int, selection: Selection, dtype: Any, mesh: Mesh
+) -> dict[str, Callable[[], Any]]:
+    """Attention alone, ready to be timed: "dense", "selection" (an anchor's scoring and Top-K), "anchor", "reuse".
+
+    Args:
+      heads: (N, K, H) of a layer.
+      length: tokens; queries, keys and values are random, and the reuse layer's tiles are the anchor's.
+      selection: how the anchor chooses.
+      dtype: of queries, keys and values.
+      mesh: whose devices share the work, as in a forward.
+    """
+    (N, K, H), rng = heads, np.random.default_rng(0)
+    layout = Layout.of(length, selection.query_tile, mesh.shape[AXIS])
+    rows, tiles, whole = PartitionSpec(None, AXIS), PartitionSpec(None, None, AXIS), PartitionSpec()
+    where = {"layout": layout, "selection": selection}
+
+    def place(shape: tuple[int, ...], spec: PartitionSpec) -> jax.Array:
+        return jax.device_put(rng.standard_normal(shape, np.float32).astype(dtype), NamedSharding(mesh, spec))
+
+    def ready(function: Callable[..., Any], args: Sequence[jax.Array], specs: Any, out: Any) -> Callable[[], Any]:
+        sharded = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+        return partial(compile_ahead(sharded, args, dtype, mesh), *args)
+
+    keys, values = (1, K, H, layout.padded), (1, K, layout.padded, H)
+    qkv = place((1, layout.padded, N, H), rows), place(keys, whole), place(values, whole)
+    specs = (rows, whole, whole)
+    selecting = ready(partial(choose_tiles, **where), qkv[:2], specs[:2], tiles)
+    return {
+        "dense": ready(partial(dense_attention, layout=layout), qkv, specs, rows),
+        "selection": selecting,
+        "anchor": ready(partial(anchor_attention, **where), qkv, specs, (rows, tiles)),
+        "reuse": ready(partial(reuse_attention, **where), (*qkv, selecting()), (*specs, tiles), rows),
+    }
 
 
 def matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

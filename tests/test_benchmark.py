@@ -15,6 +15,7 @@ from synthetic import repeating_text, write_hf_folder
 import benchmark_kascade_final as benchmark
 from convert_weights import convert
 from kascade_core import KASCADE_CACHE, NO_TILE, InputError
+from kascade_report import count_tokens
 
 NAME = "mha_llama3_tied"  # four layers, 33 words
 SMALL = ["--tile_size", "4", "--top_k", "3", "--seq_len", "30", "--n_runs", "2", "--threshold", "0.3"]
@@ -150,7 +151,7 @@ def test_runs_are_interleaved_and_the_warm_up_not_counted():
 
 
 def test_tokens_of_a_partly_filled_last_tile():
-    assert benchmark.count_tokens(np.array([0, 3, 7, NO_TILE]), 4, 30) == 4 + 4 + 2
+    assert count_tokens(np.array([0, 3, 7, NO_TILE]), 4, 30) == 4 + 4 + 2
 
 
 class Words:
