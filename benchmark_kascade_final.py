@@ -47,7 +47,7 @@ from kascade_core import (
     similarity_matrix,
     tile_count,
 )
-from kascade_kernels import compile_attention
+from kascade_kernels import IMPLEMENTATIONS, compile_attention
 from kascade_report import (
     RULE,
     SweepRow,
@@ -79,6 +79,7 @@ from kascade_setup import (
     load_windows,
     peak_memory,
     pick_dtype,
+    pick_kernel,
 )
 from llama_model import LlamaModel, count_parameters, load_weights
 
@@ -142,7 +143,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--query_tile",
         type=_at_least_one,
-        help="tokens that share one choice of tiles, a multiple of tile_size (default: tile_size)",
+        help="tokens that share one choice of tiles, a multiple or divisor of tile_size (default: tile_size)",
     )
     parser.add_argument(
         "--anchor_scoring",
@@ -174,6 +175,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=["auto", *DTYPES],
         help="of matrix inputs; auto is bfloat16 where the hardware multiplies it natively, otherwise float32",
     )
+    parser.add_argument(
+        "--kernel",
+        default="auto",
+        choices=["auto", *IMPLEMENTATIONS],
+        help="implementation of attention; auto is pallas_tpu on a TPU where it takes the tile size, otherwise xla",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
     parser.add_argument(
         "--sweep",
@@ -194,8 +201,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.query_tile = selection_of(args).query_tile
     except InputError as error:
         parser.error(str(error))
-    if too_short := [length for length in args.sweep if length < max(2, args.tile_size)]:
-        parser.error(f"argument --sweep: lengths must be at least tile_size and 2, got {too_short[0]}")
+    if args.query_tile > args.seq_len:
+        parser.error(f"argument --query_tile: must be at most seq_len, {args.seq_len}, got {args.query_tile}")
+    if args.sweep and args.sweep[0] < max(2, args.query_tile):
+        least = f"query_tile, {args.query_tile}, and 2"
+        parser.error(f"argument --sweep: lengths must be at least {least}, got {args.sweep[0]}")
     if args.sink_tiles > args.top_k:
         parser.error(f"argument --sink_tiles: must be at most top_k, {args.top_k}, got {args.sink_tiles}")
     if args.json and not _can_be_written(args.json):
@@ -293,7 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with exit_on_bad_input():
         dtype = pick_dtype(args.dtype, args.device)
-        say(format_configuration(args, dtype))
+        kernel, why = pick_kernel(args.kernel, args.device, selection_of(args), max([args.seq_len, *args.sweep]))
+        say(format_configuration(args, dtype, f"{kernel} ({why})"))
 
         say(f"🖥️  Configuring JAX to use {args.device.upper()}...")
         devices = configure_device(args.device)
@@ -322,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"📊 Calibrating on {(args.calib_text or args.text).name}...")
         names = ("tile_size", "top_k", "sink_tiles", "query_tile", "anchor_scoring")
         sizes = {name: getattr(args, name) for name in names}
-        model_dense = LlamaModel(config, dtype=DTYPES[dtype], **sizes)
+        model_dense = LlamaModel(config, dtype=DTYPES[dtype], kernel=kernel, **sizes)
         calibrate_kascade(model_dense, params, calib_ids, args.tile_size, args.top_k, mesh)
         calibration = dict(KASCADE_CACHE)
         if args.verbose:
@@ -354,20 +365,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("  Warming up...\n  Timing Dense and Sparse in turn...\n")
         samples = time_interleaved({"dense": dense.forward, "sparse": sparse.forward}, args.n_runs)
         speedup = statistics.median(samples["dense"]) / statistics.median(samples["sparse"])
-        meaning = f"{describe_run(args, devices, dtype)}; {args.seq_len} tokens, density {density:.2%}"
+        meaning = f"{describe_run(args, devices, dtype, kernel)}; {args.seq_len} tokens, density {density:.2%}"
         print(format_timing(samples, speedup, meaning))
 
         heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        kinds = compile_attention(heads, args.seq_len, selection_of(args), DTYPES[dtype], mesh)
+        kinds = compile_attention(heads, args.seq_len, selection_of(args), DTYPES[dtype], mesh, kernel)
         attention = time_interleaved(kinds, args.n_runs)
         print("\n" + format_attention(attention))
 
         rows = []
         if args.sweep:
-            print("\n" + format_sweep_header(describe_run(args, devices, dtype)))
+            print("\n" + format_sweep_header(describe_run(args, devices, dtype, kernel)))
         for length in args.sweep:
-            models = {"dense": model_dense, "sparse": model_sparse}
-            rows.append(measure_length(models, params, test_ids, length, mesh, args.n_runs))
+            rows.append(
+                measure_length(
+                    {"dense": model_dense, "sparse": model_sparse}, params, test_ids, length, mesh, args.n_runs
+                )
+            )
             print(format_sweep_row(rows[-1]), flush=True)
         if args.sweep:
             print(format_break_even(rows))
@@ -379,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "source": manifest["source"],
                     "parameters": count_parameters(params),
                 },
-                "config": describe_config(args, weights_dir, dtype),
+                "config": describe_config(args, weights_dir, dtype, kernel),
                 "schedule": schedule_rows(decisions, model_sparse.schedule, attended),
                 "dense": {"perplexity": dense.perplexity, "compile_s": dense.compile_s},
                 "sparse": {"perplexity": sparse.perplexity, "compile_s": sparse.compile_s},

@@ -58,7 +58,8 @@ class Selection:
       tile_size: tokens in a key tile.
       top_k: key tiles kept per query tile and KV head, its own among them.
       sink_tiles: the sequence's first tiles, kept before others whatever their mass.
-      query_tile: tokens in a query tile, which share one choice: a multiple of tile_size, and tile_size when left out.
+      query_tile: tokens in a query tile, which share one choice: a multiple or a divisor of tile_size, and tile_size
+        when left out.
       scoring: EXACT pools the attention of every row of a query tile, FAST that of FAST_ROWS of them.
 
     Raises:
@@ -77,20 +78,23 @@ class Selection:
         for name in ("tile_size", "top_k", "query_tile"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.query_tile % self.tile_size:
-            raise InputError(f"query_tile must be a multiple of tile_size, {self.tile_size}, got {self.query_tile}")
-        if self.top_k < self.span:
+        if self.block % self.query_tile or self.block % self.tile_size:
             raise InputError(
-                f"top_k must be at least {self.span}, the key tiles of {self.tile_size} tokens in one query tile of "
+                f"query_tile must be a multiple or a divisor of tile_size, {self.tile_size}, got {self.query_tile}"
+            )
+        own = self.block // self.tile_size
+        if self.top_k < own:
+            raise InputError(
+                f"top_k must be at least {own}, the key tiles of {self.tile_size} tokens in one query tile of "
                 f"{self.query_tile}, got {self.top_k}"
             )
         if self.scoring not in (EXACT, FAST):
             raise InputError(f"scoring must be {EXACT} or {FAST}, got {self.scoring!r}")
 
     @property
-    def span(self) -> int:
-        """Key tiles that one query tile covers."""
-        return self.query_tile // self.tile_size
+    def block(self) -> int:
+        """Tokens in the least block of whole key tiles and whole query tiles."""
+        return max(self.query_tile, self.tile_size)
 
     def scored_rows(self) -> np.ndarray:
         """int: the rows of a query tile whose attention is pooled; a sample is even and has the first and the last."""
@@ -111,13 +115,15 @@ def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: ja
       tiles_BKQC: int32 with C = min(top_k, P), as the module's docstring defines it.
     """
     Q, P = scores_BKQP.shape[-2:]
-    own_Q1 = (jnp.arange(Q) if query_tiles_Q is None else query_tiles_Q)[:, None]
-    key_P = jnp.arange(P)
-    query_of_P = key_P // selection.span  # the query tile that each key tile lies in
-    scores_BKQP = jnp.where(key_P < selection.sink_tiles, jnp.finfo(scores_BKQP.dtype).max, scores_BKQP)
-    ranked = jnp.where(query_of_P == own_Q1, jnp.inf, jnp.where(query_of_P < own_Q1, scores_BKQP, -jnp.inf))
+    first_row_Q1 = (jnp.arange(Q) if query_tiles_Q is None else query_tiles_Q)[:, None] * selection.query_tile
+    start_P = jnp.arange(P) * selection.tile_size
+    past_QP = start_P + selection.tile_size <= first_row_Q1
+    seen_QP = start_P < first_row_Q1 + selection.query_tile
+    sink_P = jnp.arange(P) < selection.sink_tiles
+    scores_BKQP = jnp.where(sink_P, jnp.finfo(scores_BKQP.dtype).max, scores_BKQP)
+    ranked = jnp.where(past_QP, scores_BKQP, jnp.where(seen_QP, jnp.inf, -jnp.inf))  # a query tile's own come first
     _, tiles = jax.lax.top_k(ranked, min(selection.top_k, P))
-    tiles = jnp.where(tiles // selection.span <= own_Q1, tiles, NO_TILE)
+    tiles = jnp.where(tiles * selection.tile_size < first_row_Q1 + selection.query_tile, tiles, NO_TILE)
     return jnp.sort(tiles.astype(jnp.int32), axis=-1)
 
 
@@ -420,18 +426,16 @@ def pad_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
 
 # --- Running a model ---
 
-# What XLA's CPU compiler is told. Its usual order of work allots every layer's buffers at once: at 8192 tokens 366 MB a
-# device instead of 90. Its float32 products of the YNNPACK library are no faster than its others here, and keep some
-# 10 MB a layer for themselves; those of bfloat16 are needed.
+# What XLA's CPU compiler is told: its usual order of work allots every layer's buffers at once, at 8192 tokens 366 MB a
+# device instead of 90. (Leave its YNNPACK products on: without them it needs 0.8 GB less there, and in jaxlib 0.10.2
+# computes nonsense beyond 2048 tokens on two devices.)
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-CPU_FLOAT32_OPTIONS = CPU_OPTIONS | {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
-def compile_ahead(function: Callable[..., Any], args: Sequence[Any], dtype: Any, mesh: Mesh | None) -> Any:
-    """Compiles `function`, whose products are of `dtype`, for arguments of these shapes: the one place that jits."""
+def compile_ahead(function: Callable[..., Any], args: Sequence[Any], mesh: Mesh | None) -> Any:
+    """Compiles `function` for arguments of these shapes: the one place that jits."""
     on_cpu = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform == "cpu"
-    cpu_options = CPU_FLOAT32_OPTIONS if dtype == jnp.float32 else CPU_OPTIONS
-    return jax.jit(function).lower(*args).compile(compiler_options=cpu_options if on_cpu else None)
+    return jax.jit(function).lower(*args).compile(compiler_options=CPU_OPTIONS if on_cpu else None)
 
 
 def compile_forward(
@@ -440,7 +444,7 @@ def compile_forward(
     """Compiles the model's forward with its loss for these shapes.
 
     Args:
-      model: a Flax module like LlamaModel, with `selection`, `dtype`, the field `layout` and the method
+      model: a Flax module like LlamaModel, with `selection`, the field `layout` and the method
         `next_token_nll`.
       params: its variables, on every device of the mesh.
       input_ids: int32 [B, T], or a `jax.ShapeDtypeStruct`.
@@ -452,10 +456,9 @@ def compile_forward(
       the seconds that tracing and compiling took.
     """
     length = input_ids.shape[1]
-    query_tile = model.selection.query_tile
-    layout = Layout.of(length, query_tile, mesh.shape[AXIS] if mesh else 1)
+    layout = Layout.of(length, model.selection.block, mesh.shape[AXIS] if mesh else 1)
     model = model.clone(layout=layout)
-    num_query_tiles = tile_count(length, query_tile)
+    num_query_tiles = tile_count(length, model.selection.query_tile)
 
     def local(params: Any, ids: jax.Array, next_ids: jax.Array) -> tuple[Any, Any]:
         return model.apply(params, ids, next_ids, method="next_token_nll", mutable=["kascade"])
@@ -472,7 +475,7 @@ def compile_forward(
         return layout.collect(nll_BT, 1)[:, :length], sown
 
     start = time.perf_counter()
-    compiled = compile_ahead(forward, (params, input_ids), model.dtype, mesh)
+    compiled = compile_ahead(forward, (params, input_ids), mesh)
     return compiled, time.perf_counter() - start
 
 

@@ -8,7 +8,8 @@ keys, X the query tiles in a block, J the blocks of one device.
 Without a `layout`, T = S = the sequence, of any length. With one, the call stands inside `jax.shard_map`: q and tiles
 are this shard's dealt blocks, keys and values the whole padded sequence (see `gather_keys`).
 
-`implementation=None` takes the best one for the backend; a name forces it.
+`implementation` is "xla", which runs everywhere and is what None means, or "pallas_tpu", for tiles of 128 tokens and
+more (see kascade_pallas_tpu). What one of them does not take it refuses with NotImplementedError.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import kascade_pallas_tpu
 from kascade_core import AXIS, NO_TILE, Layout, Selection, compile_ahead, pad_axis, select_tiles, tile_count
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "pallas_tpu")
 
 
 def dense_attention(
@@ -37,9 +39,10 @@ def dense_attention(
     implementation: str | None = None,
 ) -> jax.Array:
     """Full causal attention, softmax(q k / sqrt(H)) v. Returns out_BTNH."""
-    T = q_BTNH.shape[1]
-    layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, 1, layout, implementation)
-    return _dense_xla(q_BTNH, k_BKHS, v_BKSH, layout)[:, :T]
+    T, block = q_BTNH.shape[1], kascade_pallas_tpu.LANES if implementation == "pallas_tpu" else 1
+    layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, block, layout, implementation)
+    dense = kascade_pallas_tpu.dense if implementation == "pallas_tpu" else _dense_xla
+    return dense(q_BTNH, k_BKHS, v_BKSH, layout)[:, :T]
 
 
 def choose_tiles(
@@ -57,8 +60,9 @@ def choose_tiles(
     sequence are among the chosen whatever their mass.
     """
     Q = tile_count(q_BTNH.shape[1], selection.query_tile)
-    layout, q_BTNH, k_BKHS, _ = _prepare(q_BTNH, k_BKHS, None, selection.query_tile, layout, implementation)
-    return _choose_xla(q_BTNH, k_BKHS, selection, layout)[:, :, :Q]
+    layout, q_BTNH, k_BKHS, _ = _prepare(q_BTNH, k_BKHS, None, selection.block, layout, implementation)
+    choose = kascade_pallas_tpu.choose if implementation == "pallas_tpu" else _choose_xla
+    return choose(q_BTNH, k_BKHS, selection, layout)[:, :, :Q]
 
 
 def reuse_attention(
@@ -76,9 +80,10 @@ def reuse_attention(
     expected = (*k_BKHS.shape[:2], tile_count(T, query_tile))
     if tiles_BKQC.ndim != 4 or tiles_BKQC.shape[:3] != expected:
         raise ValueError(f"tiles: expected [B, K, Q, C] with B, K, Q = {expected}, got {tiles_BKQC.shape}")
-    layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, query_tile, layout, implementation)
+    layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, selection.block, layout, implementation)
     tiles_BKQC = pad_axis(tiles_BKQC, 2, q_BTNH.shape[1] // query_tile)
-    return _reuse_xla(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, selection, layout)[:, :T]
+    reuse = kascade_pallas_tpu.reuse if implementation == "pallas_tpu" else _reuse_xla
+    return reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, selection, layout)[:, :T]
 
 
 def anchor_attention(
@@ -104,7 +109,7 @@ def gather_keys(x: jax.Array, axis: int, layout: Layout) -> jax.Array:
 
 
 def compile_attention(
-    heads: tuple[int, int, int], length: int, selection: Selection, dtype: Any, mesh: Mesh
+    heads: tuple[int, int, int], length: int, selection: Selection, dtype: Any, mesh: Mesh, kernel: str | None = None
 ) -> dict[str, Callable[[], Any]]:
     """Attention alone, ready to be timed: "dense", "selection" (an anchor's scoring and Top-K), "anchor", "reuse".
 
@@ -114,25 +119,26 @@ def compile_attention(
       selection: how the anchor chooses.
       dtype: of queries, keys and values.
       mesh: whose devices share the work, as in a forward.
+      kernel: the implementation.
     """
     (N, K, H), rng = heads, np.random.default_rng(0)
-    layout = Layout.of(length, selection.query_tile, mesh.shape[AXIS])
+    layout = Layout.of(length, selection.block, mesh.shape[AXIS])
     rows, tiles, whole = PartitionSpec(None, AXIS), PartitionSpec(None, None, AXIS), PartitionSpec()
-    where = {"layout": layout, "selection": selection}
+    where = {"layout": layout, "selection": selection, "implementation": kernel}
 
     def place(shape: tuple[int, ...], spec: PartitionSpec) -> jax.Array:
         return jax.device_put(rng.standard_normal(shape, np.float32).astype(dtype), NamedSharding(mesh, spec))
 
     def ready(function: Callable[..., Any], args: Sequence[jax.Array], specs: Any, out: Any) -> Callable[[], Any]:
         sharded = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
-        return partial(compile_ahead(sharded, args, dtype, mesh), *args)
+        return partial(compile_ahead(sharded, args, mesh), *args)
 
     keys, values = (1, K, H, layout.padded), (1, K, layout.padded, H)
     qkv = place((1, layout.padded, N, H), rows), place(keys, whole), place(values, whole)
     specs = (rows, whole, whole)
     selecting = ready(partial(choose_tiles, **where), qkv[:2], specs[:2], tiles)
     return {
-        "dense": ready(partial(dense_attention, layout=layout), qkv, specs, rows),
+        "dense": ready(partial(dense_attention, layout=layout, implementation=kernel), qkv, specs, rows),
         "selection": selecting,
         "anchor": ready(partial(anchor_attention, **where), qkv, specs, (rows, tiles)),
         "reuse": ready(partial(reuse_attention, **where), (*qkv, selecting()), (*specs, tiles), rows),
@@ -149,11 +155,11 @@ def _prepare(
     q_BTNH: jax.Array,
     k_BKHS: jax.Array,
     v_BKSH: jax.Array | None,
-    query_tile: int,
+    block: int,
     layout: Layout | None,
     implementation: str | None,
 ) -> tuple[Layout, jax.Array, jax.Array, jax.Array | None]:
-    """Checks the shapes; where no layout was given, makes one and pads to it."""
+    """Checks the shapes; where no layout was given, makes one of multiples of `block` and pads to it."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise NotImplementedError(f"attention implementation {implementation!r}: known are {IMPLEMENTATIONS}")
     B, T, N, H = q_BTNH.shape
@@ -164,7 +170,7 @@ def _prepare(
         raise ValueError(f"values: expected {(B, K, S, H)}, got {v_BKSH.shape}")
     if layout:
         return layout, q_BTNH, k_BKHS, v_BKSH
-    layout = Layout.of(T, query_tile)
+    layout = Layout.of(T, block)
     v_BKSH = None if v_BKSH is None else pad_axis(v_BKSH, 2, layout.padded)
     return layout, pad_axis(q_BTNH, 1, layout.padded), pad_axis(k_BKHS, 3, layout.padded), v_BKSH
 

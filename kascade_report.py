@@ -23,12 +23,13 @@ MAX_DEGRADATION = 2.0  # percent; the guide's bar for success
 RULE = "=" * 70
 
 
-def format_configuration(args: argparse.Namespace, dtype: str) -> str:
+def format_configuration(args: argparse.Namespace, dtype: str, kernel: str) -> str:
     """The guide's configuration section."""
     return (
         "⚙️  Configuration:\n"
         f"   Device:           {args.device.upper()}\n"
         f"   Dtype:            {dtype}\n"
+        f"   Kernel:           {kernel}\n"
         f"   Sequence Length:  {args.seq_len}\n"
         f"   Tile Size:        {args.tile_size}\n"
         f"   Top-K Tiles:      {args.top_k}\n"
@@ -134,7 +135,7 @@ def format_timing(samples: Mapping[str, Sequence[float]], speedup: float, meanin
         label = f"{name.title()}:"
         lines.append(f"   {label:8} {statistics.median(times):9.2f} ms  [{min(times):.2f}, {max(times):.2f}]")
     lines += [f"   Speedup: {speedup:.2f}x", f"   ({meaning})", ""]
-    if speedup > 1:
+    if round(speedup, 2) > 1:
         lines.append(f"✅ Sparse is {speedup:.2f}x faster!")
     else:
         lines.append(f"⚠️  Speedup: {speedup:.2f}x: sparse is no faster here. Try a longer --seq_len.")
@@ -207,12 +208,10 @@ def format_break_even(rows: Sequence[SweepRow]) -> str:
     if not measured:
         return "   Break-even: unknown, no length was measured"
     if not faster:
-        return f"   Break-even: beyond {max(slower)} tokens, sparse is not faster there"
-    return (
-        f"   Break-even: between {max(slower)} and {min(faster)} tokens"
-        if slower
-        else f"   Break-even: below {min(faster)} tokens"
-    )
+        where = f"beyond {max(slower)} tokens, sparse is not faster there"
+    else:
+        where = f"between {max(slower)} and {min(faster)} tokens" if slower else f"below {min(faster)} tokens"
+    return f"   Break-even: {where}"
 
 
 def schedule_rows(
@@ -233,22 +232,27 @@ def schedule_rows(
     ]
 
 
-def describe_run(args: argparse.Namespace, devices: Sequence[jax.Device], dtype: str) -> str:
+def describe_run(args: argparse.Namespace, devices: Sequence[jax.Device], dtype: str, kernel: str) -> str:
     """What a timing means: everything that it depends on but the length."""
     sharing = "" if args.query_tile == args.tile_size else f" (query tile {args.query_tile})"
+    where = f"{len(devices)} {args.device.upper()} device(s), {devices[0].device_kind}"
     return (
-        f"whole forward and loss on {len(devices)} {args.device.upper()} device(s), {devices[0].device_kind}, {dtype}; "
+        f"whole forward and loss on {where}, {dtype}, {kernel}; "
         f"tile {args.tile_size}{sharing}, Top-K {args.top_k}, {args.anchor_scoring} scoring, n = {args.n_runs}"
     )
 
 
-def describe_config(args: argparse.Namespace, weights_dir: Path, dtype: str) -> dict[str, Any]:
+def describe_config(args: argparse.Namespace, weights_dir: Path, dtype: str, kernel: str) -> dict[str, Any]:
     """The run's settings as --json holds them, "auto" and defaults resolved."""
     names = ("tile_size", "top_k", "sink_tiles", "query_tile", "anchor_scoring", "threshold", "max_reuse_dist")
     names += ("seq_len", "n_runs")
     settings = {name: getattr(args, name) for name in names}
     paths = {"weights_dir": weights_dir, "text": args.text, "calib_text": args.calib_text or args.text}
-    return {"device": args.device, "dtype": dtype} | settings | {name: str(path) for name, path in paths.items()}
+    return (
+        {"device": args.device, "dtype": dtype, "kernel": kernel}
+        | settings
+        | {name: str(path) for name, path in paths.items()}
+    )
 
 
 def versions() -> dict[str, str]:

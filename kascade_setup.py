@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import psutil
 from transformers import AutoTokenizer
 
-from kascade_core import InputError
+from kascade_core import InputError, Selection
+from kascade_pallas_tpu import check_sizes
 
 DEFAULT_WEIGHTS = Path("llama_weights_chunked")
 DEFAULT_TEXT = Path(__file__).with_name("wikipedia_sample.txt")
@@ -54,6 +55,27 @@ def pick_dtype(name: str, device: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     has_amx = cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()
     return "bfloat16" if device != "cpu" or has_amx else "float32"
+
+
+def pick_kernel(name: str, device: str, selection: Selection, length: int) -> tuple[str, str]:
+    """The implementation of attention, and why: "auto" is the TPU's own kernels where they take the sizes.
+
+    Raises:
+      NotImplementedError: kernels that were asked for by name do not take these sizes; it names some that would do.
+    """
+    if name == "pallas_tpu":
+        check_sizes(selection, length)
+        return (
+            name,
+            "as asked" if device == "tpu" else f"as asked; interpreted on a {device.upper()}: correct, and slow",
+        )
+    if name != "auto" or device != "tpu":
+        return "xla", "as asked" if name != "auto" else f"the one for a {device.upper()}"
+    try:
+        check_sizes(selection, length)
+    except NotImplementedError as error:
+        return "xla", f"since {error}, which would be faster"
+    return "pallas_tpu", "the one for a TPU"
 
 
 def peak_memory(device: jax.Device) -> int | None:

@@ -29,6 +29,7 @@ from kascade_core import (
     Selection,
     freeze_schedule,
     pad_axis,
+    tile_count,
 )
 from kascade_kernels import anchor_attention, choose_tiles, dense_attention, gather_keys, matmul, reuse_attention
 
@@ -396,6 +397,8 @@ def _linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any) -> jax.Array:
 
 VOCAB_CHUNK = 1024  # tokens of the vocabulary in one product of the loss: its logits are no larger than the MLP's rows
 
+MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F columns are the widest array of a layer
+
 _matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
@@ -411,6 +414,7 @@ class Attention(nn.Module):
     selection: Selection
     calibrate: bool
     dtype: Any
+    kernel: str | None
 
     @nn.compact
     def __call__(
@@ -439,14 +443,14 @@ class Attention(nn.Module):
         tiles_BKQC: jax.Array | None,
         layout: Layout,
     ) -> tuple[jax.Array, jax.Array | None]:
-        where = {"selection": self.selection, "layout": layout}
+        where = {"selection": self.selection, "layout": layout, "implementation": self.kernel}
         if self.plan.mode == ANCHOR:
             return anchor_attention(q_BTNH, k_BKHS, v_BKSH, **where)
         if self.plan.mode == REUSE:
             tiles_BKQC = tiles_BKQC[:, jnp.array(self.plan.head_map)]
             return reuse_attention(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, **where), None
         chosen_BKQC = choose_tiles(q_BTNH, k_BKHS, **where) if self.calibrate else None
-        return dense_attention(q_BTNH, k_BKHS, v_BKSH, layout=layout), chosen_BKQC
+        return dense_attention(q_BTNH, k_BKHS, v_BKSH, layout=layout, implementation=self.kernel), chosen_BKQC
 
 
 class FeedForward(nn.Module):
@@ -459,8 +463,17 @@ class FeedForward(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         shapes = chunk_shapes(self.config)[layer_chunk(0)]["feed_forward"]
         w = {name: self.param(name, _matrix_init, shape) for name, shape in shapes.items()}
-        gate_BTF = nn.silu(_linear(x_BTD, w["w1"], self.dtype))
-        return _linear(gate_BTF * _linear(x_BTD, w["w3"], self.dtype), w["w2"], self.dtype)
+
+        def apply(x_BTD: jax.Array) -> jax.Array:
+            gate_BTF = nn.silu(_linear(x_BTD, w["w1"], self.dtype))
+            return _linear(gate_BTF * _linear(x_BTD, w["w3"], self.dtype), w["w2"], self.dtype)
+
+        B, T, D = x_BTD.shape
+        chunks = next(n for n in range(tile_count(T, MLP_ROWS), T + 1) if T % n == 0)
+        if chunks == 1:
+            return apply(x_BTD)
+        x_JBRD = x_BTD.reshape(B, chunks, T // chunks, D).swapaxes(0, 1)
+        return jax.lax.map(apply, x_JBRD).swapaxes(0, 1).reshape(B, T, D)
 
 
 class Block(nn.Module):
@@ -471,12 +484,13 @@ class Block(nn.Module):
     selection: Selection
     calibrate: bool
     dtype: Any
+    kernel: str | None
 
     def setup(self) -> None:
         D = self.config.hidden_size
         self.attention_norm = self.param("attention_norm", nn.initializers.ones, (D,))
         self.ffn_norm = self.param("ffn_norm", nn.initializers.ones, (D,))
-        self.attention = Attention(self.config, self.plan, self.selection, self.calibrate, self.dtype)
+        self.attention = Attention(self.config, self.plan, self.selection, self.calibrate, self.dtype, self.kernel)
         self.feed_forward = FeedForward(self.config, self.dtype)
 
     def __call__(
@@ -504,10 +518,11 @@ class LlamaModel(nn.Module):
       tile_size: tokens in a tile, at least 1.
       top_k: tiles that an anchor keeps per query tile and KV head, at least 1.
       sink_tiles: the sequence's first tiles, kept by every anchor whatever their mass; they count among the top_k.
-      query_tile: tokens that share one choice of tiles, a multiple of tile_size; tile_size when left out.
+      query_tile: tokens that share one choice of tiles, a multiple or divisor of tile_size; tile_size when left out.
       anchor_scoring: "exact", or "fast" from a few rows of each query tile (see `kascade_core.Selection`).
       calibrate: dense layers choose and sow tiles as well, and attend to everything all the same.
       dtype: of the inputs of every matrix product; sums, norms, softmax and loss are float32.
+      kernel: the implementation of attention, one of `kascade_kernels.IMPLEMENTATIONS`; None is the first.
       layout: how the sequence is cut; None, for `__call__` alone, leaves it whole.
     """
 
@@ -520,6 +535,7 @@ class LlamaModel(nn.Module):
     anchor_scoring: str = EXACT
     calibrate: bool = False
     dtype: Any = jnp.float32
+    kernel: str | None = None
     layout: Layout | None = None
 
     def __post_init__(self) -> None:
@@ -535,12 +551,12 @@ class LlamaModel(nn.Module):
         if not self.config.tie_word_embeddings:
             self.output = self.param("output", _matrix_init, (D, V))
         self.layer = [  # the list gives its modules the names layer_0, layer_1, ...
-            Block(self.config, plan, self.selection, self.calibrate, self.dtype) for plan in self.schedule
+            Block(self.config, plan, self.selection, self.calibrate, self.dtype, self.kernel) for plan in self.schedule
         ]
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V], for int32 token ids [B, T], on one device."""
-        layout = Layout.of(ids_BT.shape[1], self.selection.query_tile)
+        layout = Layout.of(ids_BT.shape[1], self.selection.block)
         x_BTD = self._residual_stream(pad_axis(ids_BT, 1, layout.padded), layout)
         return self._logits(x_BTD[:, : layout.length])
 

@@ -5,6 +5,7 @@ configuration runs once, the other process idle. Both compute the loss of every 
 rows as well, since whole logits would cost it time and memory. Its dtypes are both timed at the shortest length, and
 the faster one at the others.
 
+  pip install -r bench/requirements-transformers.txt
   python bench/compare_transformers.py --seq_len 512,2048,8192 --markdown table.md
 """
 

@@ -11,7 +11,7 @@ DEFAULT_WEIGHTS = Path(__file__).parents[1] / "llama_weights_chunked"
 
 def pytest_configure(config):
     """Gives JAX eight devices to deal to; the synthetic models, slow to compile and fast to run, go unoptimised."""
-    if config.option.markexpr == "not real_model":
+    if config.option.markexpr == "not real_model and not tpu_compile":
         jax.config.update("jax_num_cpu_devices", 8)
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
         jax.devices()  # now, so that no later setting counts

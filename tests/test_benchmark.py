@@ -15,7 +15,7 @@ from synthetic import repeating_text, write_hf_folder
 import benchmark_kascade_final as benchmark
 from convert_weights import convert
 from kascade_core import KASCADE_CACHE, NO_TILE, InputError
-from kascade_report import count_tokens
+from kascade_report import SweepRow, count_tokens, format_break_even
 
 NAME = "mha_llama3_tied"  # four layers, 33 words
 SMALL = ["--tile_size", "4", "--top_k", "3", "--seq_len", "30", "--n_runs", "2", "--threshold", "0.3"]
@@ -56,7 +56,7 @@ def test_the_sections_come_in_the_guides_order(finished):
         "📊 Calibrating on text.txt...", "⚡ Generating Optimized Schedule:", "📋 Final Schedule:",
         "🏃 Running DENSE Baseline...", "⚡ Running KASCADE Sparse...", "📊 RESULTS ON REAL TEXT:",
         "Dense Perplexity:", "Sparse Perplexity:", "Degradation:", "⏱️  SPEEDUP BENCHMARK", "📊 Timing Results",
-        "Speedup:",
+        "Speedup:", "🔬 Attention alone",
     ]  # fmt: skip
     places = [output.find(section) for section in sections]
     assert -1 not in places
@@ -129,6 +129,54 @@ def test_nothing_dropped_is_no_success():
     text = benchmark.format_results(20, 20, 0, 1.0)
     assert "⚠️  Nothing was dropped" in text
     assert "SUCCESS" not in text
+
+
+def test_a_speedup_that_is_none_is_not_called_one():
+    assert "no faster" in benchmark.format_timing({"dense": [10.0], "sparse": [9.99]}, 10 / 9.99, "here")
+
+
+def test_attention_alone_is_timed_against_dense(finished):
+    output, report = finished
+    attention = report["timing"]["attention_ms"]
+    assert list(attention) == ["dense", "selection", "anchor", "reuse"]
+    assert all(len(times) == 2 and min(times) > 0 for times in attention.values())
+    ratio = statistics.median(attention["reuse"]) / statistics.median(attention["dense"])
+    assert f"{ratio:.2f} of dense" in output[output.index("🔬 Attention alone") :]
+
+
+def sweep_row(length, dense, sparse):
+    return SweepRow(length, [dense], [sparse], 0.5, 1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([(8, 1, 2), (16, 2, 2), (32, 3, 2)], "between 16 and 32 tokens"),
+        ([(8, 3, 2), (16, 2, 3), (32, 3, 2)], "between 16 and 32 tokens"),
+        ([(8, 3, 2), (16, 3, 2)], "below 8 tokens"),
+        ([(8, 3, 2), (16, 2, 3)], "beyond 16 tokens, sparse is not faster there"),
+        ([], "unknown, no length was measured"),
+    ],
+)
+def test_break_even_is_where_sparse_begins_to_stay_faster(rows, sentence):
+    rows = [sweep_row(*row) for row in rows] + [SweepRow(64, skipped="needs 9 GB")]
+    assert format_break_even(rows).endswith(sentence)
+
+
+def test_a_sweep_times_each_length_and_skips_what_does_not_fit(capsys, monkeypatch, weights, text, tmp_path):
+    """The middle length asks for more memory than there is; the longest has more tokens than the text."""
+    free = iter([None, 10, None])
+    monkeypatch.setattr(benchmark, "free_memory", lambda device: next(free))
+    flags = ["--quiet", "--sweep", "100,20,40", "--json", str(tmp_path / "out.json")]
+    assert benchmark.main([*SMALL, *flags, "--weights_dir", str(weights), "--text", str(text)]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["sweep"]
+    assert [row["length"] for row in rows] == [20, 40, 100]
+    assert [bool(row["skipped"]) for row in rows] == [False, True, False]
+    assert [len(row["sparse_ms"]) for row in rows] == [2, 0, 2]
+    assert rows[0]["density"] > rows[2]["density"] > 0.25
+    output = capsys.readouterr().out
+    assert "      40  skipped: it needs 0.0 GB beside the weights, and 0.0 are free" in output
+    assert "Break-even: " in output
 
 
 def test_every_timed_run_is_waited_for():
@@ -207,6 +255,7 @@ def test_auto_dtype_follows_the_device():
     assert benchmark.pick_dtype("float32", "tpu") == "float32"
     assert benchmark.pick_dtype("auto", "tpu") == "bfloat16"
     assert benchmark.pick_dtype("auto", "cpu") in ("float32", "bfloat16")
+    assert benchmark.pick_dtype("float16", "gpu") == "float16"
 
 
 # --- Bad input: one sentence on stderr, exit code 2, nothing written ---
@@ -247,6 +296,15 @@ def refused(capsys, flags):
         (["--tile_size", "513"], "--tile_size: must be at most seq_len, 512, got 513"),
         (["--sink_tiles", "-1"], "--sink_tiles: must be at least 0, got -1"),
         (["--sink_tiles", "13"], "--sink_tiles: must be at most top_k, 12, got 13"),
+        (["--query_tile", "24"], "query_tile must be a multiple or a divisor of tile_size, 16, got 24"),
+        (["--query_tile", "256"], "top_k must be at least 16"),
+        (["--query_tile", "1024", "--top_k", "64"], "--query_tile: must be at most seq_len, 512, got 1024"),
+        (["--anchor_scoring", "best"], "invalid choice: 'best'"),
+        (["--dtype", "float16"], "--dtype float16: a CPU does not multiply it; use bfloat16 or float32"),
+        (["--sweep", "512,x"], "--sweep: expected a whole number, got 'x'"),
+        (["--sweep", ""], "--sweep: expected a whole number, got ''"),
+        (["--sweep", "8,512"], "--sweep: lengths must be at least query_tile, 16, and 2, got 8"),
+        (["--sweep", "99999999999"], "--sweep: positions are 32-bit numbers, got 99999999999"),
     ],
 )
 def test_bad_flags(capsys, flags, sentence):

@@ -47,9 +47,50 @@ def test_select_tiles_with_more_slots_than_tiles_keeps_all():
     np.testing.assert_array_equal(chosen, tiles([0, X], [0, 1]))
 
 
+def test_a_query_tile_keeps_all_its_own_tiles_and_sees_none_after_them():
+    scores = jnp.array([[[[5.0, 4, 3, 2, 1, 0], [1, 2, 9, 9, 9, 9]]]])  # two query tiles, each of three key tiles
+    selection = core.Selection(tile_size=4, query_tile=12, top_k=4)
+    np.testing.assert_array_equal(core.select_tiles(scores, selection), tiles([0, 1, 2, X], [2, 3, 4, 5]))
+    last_is_short = core.select_tiles(scores[..., :5], selection)
+    np.testing.assert_array_equal(last_is_short, tiles([0, 1, 2, X], [1, 2, 3, 4]))
+
+
+def test_query_tiles_smaller_than_the_key_tile_share_its_place():
+    scores = jnp.array([[[[0.0, 0, 0], [0, 0, 0], [3, 0, 0], [3, 0, 0], [3, 4, 0], [4, 3, 0]]]])  # halves of key tiles
+    chosen = core.select_tiles(scores, core.Selection(tile_size=8, query_tile=4, top_k=2))
+    np.testing.assert_array_equal(chosen, tiles([0, X], [0, X], [0, 1], [0, 1], [1, 2], [0, 2]))
+    assert core.density_of(np.asarray(chosen)) == pytest.approx(10 / 12)
+
+
+def test_scored_rows_are_all_or_a_few_with_the_first_and_the_last():
+    assert core.Selection(tile_size=5).scored_rows().tolist() == [0, 1, 2, 3, 4]
+    assert core.Selection(tile_size=16, scoring="fast").scored_rows().tolist() == [0, 5, 10, 15]
+    assert core.Selection(tile_size=3, scoring="fast").scored_rows().tolist() == [0, 1, 2]
+    assert core.Selection(tile_size=1, scoring="fast").scored_rows().tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [
+        ({"tile_size": 0}, "tile_size must be at least 1, got 0"),
+        ({"top_k": -1}, "top_k must be at least 1, got -1"),
+        ({"query_tile": 24}, "query_tile must be a multiple or a divisor of tile_size, 16, got 24"),
+        (
+            {"query_tile": 64, "top_k": 3},
+            "top_k must be at least 4, the key tiles of 16 tokens in one query tile of 64",
+        ),
+        ({"scoring": "guess"}, "scoring must be exact or fast, got 'guess'"),
+    ],
+)
+def test_a_selection_refuses_sizes_that_do_not_go_together(sizes, match):
+    with pytest.raises(core.InputError, match=match):
+        core.Selection(**sizes)
+
+
 def test_density_counts_pairs():
     assert core.density_of(None) == 1
     assert core.density_of(tiles([0, X], [0, 1], [0, 2])) == pytest.approx(5 / 6)
+    assert core.density_of(tiles([0, 1, X], [1, 2, 3])) == pytest.approx(5 / 6)  # query tiles of two key tiles
 
 
 def test_jaccard_is_one_for_itself_and_counts_by_hand():
@@ -62,6 +103,12 @@ def test_jaccard_is_one_for_itself_and_counts_by_hand():
 
 def test_jaccard_leaves_out_rows_that_choose_nothing():
     assert core.jaccard_similarity(tiles([0, X, X], [0, 1, X]), tiles([0, X, X], [0, 1, X])) == 1
+
+
+def test_jaccard_leaves_out_query_tiles_that_keep_all_they_see():
+    """Query tiles of two key tiles: with three slots the first keeps both it sees, the second drops one of four."""
+    a, b = tiles([0, 1, X], [0, 2, 3]), tiles([0, 1, X], [1, 2, 3])
+    assert core.jaccard_similarity(a, b) == pytest.approx(2 / 4)
 
 
 def test_head_map_is_many_to_one_and_similarity_goes_through_it():

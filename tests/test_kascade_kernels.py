@@ -4,6 +4,8 @@ The oracle is a naive loop-free computation in float64. A kernel's error against
 same naive computation in the kernel's own dtype.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import kascade_core
 import kascade_kernels as kernels
 from kascade_core import EXACT, FAST, NO_TILE, Layout, Selection, tile_count
-from kascade_kernels import IMPLEMENTATIONS
+from kascade_pallas_tpu import check_sizes
 
 # B, T, N, K, H, tile size, Top-K, and the block that the kernels work in: grouped, multi-query and multi-head; lengths
 # of several blocks, that are no multiple of the tile, below one tile, and of one token.
@@ -23,8 +25,19 @@ SHAPES = [
     (2, 1, 4, 2, 6, 3, 1, 256),
     (1, 150, 2, 1, 4, 16, 4, 64),
 ]
+TPU_SHAPES = [  # key tiles of 128: several blocks, a rest, less than one tile
+    (1, 300, 4, 2, 64, 128, 2, 256),
+    (1, 520, 3, 3, 16, 128, 3, 128),
+    (2, 100, 6, 2, 10, 128, 1, 256),
+]
+CASES = [(shape, "xla") for shape in SHAPES] + [(shape, "pallas_tpu") for shape in TPU_SHAPES]
+QUERY_TILES = [  # of the tile's size, larger, and smaller
+    *((*case, case[0][5]) for case in CASES),
+    *((shape, "xla", 2 * shape[5]) for shape in SHAPES),
+    *((shape, "xla", shape[5] // 2) for shape in SHAPES if shape[5] % 2 == 0),
+    *((shape, "pallas_tpu", 32) for shape in TPU_SHAPES),
+]
 DTYPES = [jnp.float32, jnp.bfloat16]
-SPANS = [1, 2]  # key tiles in a query tile
 
 
 @pytest.fixture(autouse=True)
@@ -84,25 +97,30 @@ def causal(T):
     return np.tri(T, dtype=bool)[None, None, None]
 
 
-def visible_tiles(tiles, tile_size, T, span=1):
+def visible_tiles(tiles, tile_size, query_tile, T):
     """[B, K, 1, T, S]: what attending to these tiles may see."""
     B, K, Q, _ = tiles.shape
-    chosen = np.zeros((B, K, Q, Q * span), bool)
+    chosen = np.zeros((B, K, Q, tile_count(T, tile_size)), bool)
     for b, k, q in np.ndindex(B, K, Q):
         chosen[b, k, q, [tile for tile in tiles[b, k, q] if tile != NO_TILE]] = True
-    spread = chosen.repeat(tile_size * span, 2).repeat(tile_size, 3)[:, :, None, :T, :T]
+    spread = chosen.repeat(query_tile, 2).repeat(tile_size, 3)[:, :, None, :T, :T]
     return spread & causal(T)
 
 
-def random_tiles(shape, span=1, seed=0):
+def own_tiles(q, tile_size, query_tile, T):
+    """The key tiles that query tile q lies in."""
+    return range(q * query_tile // tile_size, tile_count(min((q + 1) * query_tile, T), tile_size))
+
+
+def random_tiles(shape, query_tile, seed=0):
     """Any causal choice with the own tiles in it, sorted, with unused slots also where there were tiles to take."""
     B, T, _, K, _, tile_size, top_k = shape[:7]
-    Q, P = tile_count(T, tile_size * span), tile_count(T, tile_size)
+    Q, P = tile_count(T, query_tile), tile_count(T, tile_size)
     rng = np.random.default_rng(seed)
-    tiles = np.full((B, K, Q, min(max(top_k, span), P)), NO_TILE, np.int32)
+    tiles = np.full((B, K, Q, min(max(top_k, query_tile // tile_size), P)), NO_TILE, np.int32)
     for b, k, q in np.ndindex(B, K, Q):
-        own = range(q * span, min((q + 1) * span, P))
-        others = rng.permutation(q * span)[: rng.integers(0, tiles.shape[-1] - len(own) + 1)]
+        own = own_tiles(q, tile_size, query_tile, T)
+        others = rng.permutation(own[0])[: rng.integers(0, tiles.shape[-1] - len(own) + 1)]
         tiles[b, k, q, : len(others) + len(own)] = sorted([*others, *own])
     return tiles
 
@@ -124,101 +142,97 @@ def check_error(got, inputs, visible):
     assert error(got) <= 2 * error(naive) + np.finfo(np.float32).eps
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "implementation"), CASES)
 def test_dense_equals_naive(shape, dtype, implementation):
     qkv = inputs(shape, dtype)
     check_error(dense_attention(*qkv, implementation=implementation), qkv, causal(shape[1]))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("span", SPANS)
-def test_reuse_equals_naive_over_the_chosen_tiles(shape, dtype, implementation, span):
-    qkv, tiles = inputs(shape, dtype), random_tiles(shape, span)
-    sizes = {"tile_size": shape[5], "query_tile": shape[5] * span, "top_k": tiles.shape[-1] + 1}
+@pytest.mark.parametrize(("shape", "implementation", "query_tile"), QUERY_TILES)
+def test_reuse_equals_naive_over_the_chosen_tiles(shape, dtype, implementation, query_tile):
+    qkv, tiles = inputs(shape, dtype), random_tiles(shape, query_tile)
+    sizes = {"tile_size": shape[5], "query_tile": query_tile, "top_k": tiles.shape[-1] + 1}
     got = reuse_attention(*qkv, tiles, implementation=implementation, **sizes)
-    check_error(got, qkv, visible_tiles(tiles, shape[5], shape[1], span))
+    check_error(got, qkv, visible_tiles(tiles, shape[5], query_tile, shape[1]))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sink_tiles", [0, 1])
-@pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize("scoring", [EXACT, FAST])
-def test_chosen_tiles_are_those_of_a_naive_pooling(shape, sink_tiles, span, scoring, implementation):
+@pytest.mark.parametrize(("shape", "implementation", "query_tile"), QUERY_TILES)
+def test_chosen_tiles_are_those_of_a_naive_pooling(shape, sink_tiles, query_tile, scoring, implementation):
     B, T, N, K, _, tile_size, top_k = shape[:7]
-    top_k, query_tile = max(top_k, span), tile_size * span
+    top_k = max(top_k, query_tile // tile_size)
     q, k, _ = inputs(shape, jnp.float32)
     Q, P = tile_count(T, query_tile), tile_count(T, tile_size)
     sizes = {"tile_size": tile_size, "query_tile": query_tile, "top_k": top_k, "sink_tiles": sink_tiles}
     got = np.asarray(choose_tiles(q, k, scoring=scoring, implementation=implementation, **sizes))
-    mass = np.zeros((B, K, N // K, Q * query_tile, Q * query_tile))
+    mass = np.zeros((B, K, N // K, Q * query_tile, P * tile_size))
     mass[..., :T, :T] = naive_probabilities(q, k, causal(T), np.float64)
-    mass = mass.reshape(B, K, N // K, Q, query_tile, Q * span, tile_size)
+    mass = mass.reshape(B, K, N // K, Q, query_tile, P, tile_size)
     if scoring == FAST:  # four rows, the first and the last among them
         mass = mass[:, :, :, :, [round(i) for i in np.linspace(0, query_tile - 1, min(4, query_tile)) // 1]]
     mass = mass.sum((2, 4, 6))
     mass[..., :sink_tiles] = np.inf
     assert got.shape == (B, K, Q, min(top_k, P))
     for b, h, t in np.ndindex(B, K, Q):
-        own = range(t * span, min((t + 1) * span, P))
-        others = np.argsort(-mass[b, h, t, : t * span], kind="stable")[: top_k - len(own)]
+        own = own_tiles(t, tile_size, query_tile, T)
+        others = np.argsort(-mass[b, h, t, : own[0]], kind="stable")[: top_k - len(own)]
         expected = sorted([*others, *own])
         assert got[b, h, t].tolist() == expected + [NO_TILE] * (got.shape[-1] - len(expected))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "implementation"), CASES)
 def test_an_anchor_attends_to_what_it_chose(shape, dtype, implementation):
     qkv = inputs(shape, dtype)
     sizes = {"tile_size": shape[5], "top_k": shape[6], "implementation": implementation}
     out, tiles = anchor_attention(*qkv, **sizes)
     np.testing.assert_array_equal(tiles, choose_tiles(*qkv[:2], **sizes))
-    check_error(out, qkv, visible_tiles(np.asarray(tiles), shape[5], shape[1]))
+    check_error(out, qkv, visible_tiles(np.asarray(tiles), shape[5], shape[5], shape[1]))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "implementation"), CASES)
 def test_all_tiles_chosen_equals_dense(shape, implementation):
     qkv = inputs(shape, jnp.float32)
     out, _ = anchor_attention(*qkv, tile_size=shape[5], top_k=10_000, implementation=implementation)
-    np.testing.assert_allclose(out, dense_attention(*qkv), rtol=1e-6, atol=1e-6)
+    check_error(out, qkv, causal(shape[1]))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_reuse_touches_no_other_tile(implementation):
-    shape = (1, 61, 6, 2, 10, 4, 3)
-    q, k, v = inputs(shape, jnp.float32)
-    tiles = random_tiles(shape)
+ONE_SHAPE = [((1, 61, 6, 2, 10, 4, 3, 32), "xla"), ((1, 16 * 128 - 3, 2, 1, 8, 128, 3, 256), "pallas_tpu")]
+
+
+@pytest.mark.parametrize(("shape", "implementation"), ONE_SHAPE)
+def test_reuse_touches_no_other_tile(shape, implementation):
+    (_, T, _, _, _, M, _), (q, k, v) = shape[:7], inputs(shape, jnp.float32)
+    tiles = random_tiles(shape, M)
     tiles[tiles == 2] = NO_TILE  # nobody sees tile 2, which holds nothing but NaN
     tiles = np.sort(tiles, axis=-1)
-    k[..., 8:12] = v[:, :, 8:12] = np.nan
-    out = np.asarray(reuse_attention(q, k, v, tiles, tile_size=4, implementation=implementation))
-    rows = np.r_[0:8, 12:61]  # the rows of tile 2 itself are left with no tile
+    tiles[:, :, 2, 0] = 0  # the rows of tile 2 itself are left with another
+    k[..., 2 * M : 3 * M] = v[:, :, 2 * M : 3 * M] = np.nan
+    out = np.asarray(reuse_attention(q, k, v, tiles, tile_size=M, implementation=implementation))
+    rows = np.r_[0 : 2 * M, 3 * M : T]
     assert np.isfinite(out[:, rows]).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("shape", "implementation"), ONE_SHAPE)
 @pytest.mark.parametrize("kind", ["dense", "anchor", "reuse"])
-def test_the_future_changes_no_earlier_bit(kind, implementation):
+def test_the_future_changes_no_earlier_bit(kind, shape, implementation):
     """Dense from row to row; sparse from query tile to query tile, whose rows share one choice."""
-    shape = (1, 61, 6, 2, 10, 4, 3)
-    tiles = random_tiles(shape)
+    T, M, top_k = shape[1], shape[5], shape[6]
+    tiles = random_tiles(shape, M)
 
     def attend(q, k, v):
         if kind == "dense":
             return dense_attention(q, k, v, implementation=implementation)
         if kind == "reuse":
-            return reuse_attention(q, k, v, tiles, tile_size=4, implementation=implementation)
-        return anchor_attention(q, k, v, tile_size=4, top_k=3, implementation=implementation)[0]
+            return reuse_attention(q, k, v, tiles, tile_size=M, implementation=implementation)
+        return anchor_attention(q, k, v, tile_size=M, top_k=top_k, implementation=implementation)[0]
 
     q, k, v = inputs(shape, jnp.float32)
-    cut = 30
-    first_changed = cut if kind != "anchor" else cut // 4 * 4
+    cut = T // 2
+    first_changed = cut if kind != "anchor" else cut // M * M
     before = np.asarray(attend(q, k, v))
     q[:, cut:] += 3
     k[..., cut:] *= -5
@@ -228,17 +242,48 @@ def test_the_future_changes_no_earlier_bit(kind, implementation):
     assert not same[:, cut:].any(axis=(0, 2, 3)).any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rows_of_padding_choose_nothing(implementation):
-    """A last tile with three rows of padding, whatever those hold, chooses what its real row chooses."""
-    q, k, _ = inputs((1, 61, 6, 2, 10), np.float32)
-    layout = Layout.of(61, 4)
-    sizes = {"tile_size": 4, "top_k": 3, "implementation": implementation}
+@pytest.mark.parametrize(("shape", "implementation"), ONE_SHAPE)
+def test_rows_of_padding_choose_nothing(shape, implementation):
+    """A last tile with three rows of padding, whatever those hold, chooses what its real rows choose."""
+    q, k, _ = inputs(shape, np.float32)
+    (B, T, N, K, H, M, top_k), layout = shape[:7], Layout.of(shape[1], shape[5])
+    sizes = {"tile_size": M, "top_k": top_k, "implementation": implementation}
     expected = choose_tiles(q, k, **sizes)
     rng = np.random.default_rng(3)
-    q = np.concatenate([q, 9 * rng.standard_normal((1, layout.padded - 61, 6, 10), np.float32)], axis=1)
-    k = np.concatenate([k, 9 * rng.standard_normal((1, 2, 10, layout.padded - 61), np.float32)], axis=3)
+    q = np.concatenate([q, 9 * rng.standard_normal((B, layout.padded - T, N, H), np.float32)], axis=1)
+    k = np.concatenate([k, 9 * rng.standard_normal((B, K, H, layout.padded - T), np.float32)], axis=3)
     np.testing.assert_array_equal(choose_tiles(q, k, layout=layout, **sizes)[:, :, :16], expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [
+        ({"tile_size": 192}, "take a tile_size of 256 or another multiple of 128, got 192"),
+        (
+            {"tile_size": 128, "query_tile": 256},
+            "a query_tile that is a multiple of 8 and at most tile_size, 128, got 256",
+        ),
+        ({"tile_size": 128, "query_tile": 4}, "multiple of 8 and at most tile_size, 128, got 4"),
+    ],
+)
+def test_the_tpu_kernels_name_sizes_that_they_take(sizes, match):
+    q, k, _ = inputs((1, 300, 2, 1, 8), jnp.float32)
+    with pytest.raises(NotImplementedError, match=match):
+        choose_tiles(q, k, implementation="pallas_tpu", **sizes)
+
+
+def test_tiles_beyond_the_tpus_scalar_memory_are_refused_with_what_would_do():
+    selection = Selection(tile_size=128, query_tile=64, top_k=200)
+    check_sizes(selection, 32768)
+    with pytest.raises(
+        NotImplementedError, match=r"200 tiles for each of 2048 query tiles; top_k up to (\d+) would"
+    ) as error:
+        check_sizes(selection, 131072)
+    fits = int(str(error.value).split("top_k up to ")[1].split()[0])
+    check_sizes(dataclasses.replace(selection, top_k=fits), 131072)
+    with pytest.raises(NotImplementedError):
+        check_sizes(dataclasses.replace(selection, top_k=fits + 1), 131072)
+    check_sizes(dataclasses.replace(selection, query_tile=128), 131072)  # as the message says
 
 
 def test_bad_arguments_say_what_was_expected():

@@ -120,12 +120,15 @@ def test_the_cache_holds_the_last_texts_tiles_and_no_tracer(loaded):
 
 
 @pytest.mark.parametrize("num_devices", [2, 8])
-@pytest.mark.parametrize("schedule", [None, SPARSE])
-def test_devices_agree(loaded, schedule, num_devices, monkeypatch):
+@pytest.mark.parametrize(
+    ("schedule", "sizes"),
+    [(None, {}), (SPARSE, {}), (SPARSE, {"query_tile": 8, "anchor_scoring": "fast", "sink_tiles": 1})],
+)
+def test_devices_agree(loaded, schedule, sizes, num_devices, monkeypatch):
     """Dealt over several devices: the same tiles, and the same losses to rounding."""
     monkeypatch.setattr("kascade_core.BLOCK", 8)
     config, params = loaded
-    model = LlamaModel(config, schedule=schedule, tile_size=4, top_k=3, calibrate=True)
+    model = LlamaModel(config, schedule=schedule, tile_size=4, top_k=3, calibrate=True, **sizes)
     ids = jnp.asarray(token_ids(NAME))
     mesh = core.make_mesh(jax.devices()[:num_devices])
     assert mesh.size == num_devices
@@ -154,8 +157,10 @@ def test_calibration_chooses_in_every_layer_of_a_dense_forward(loaded):
     assert np.abs(observed - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
-def test_next_token_nll_is_the_perplexity_of_the_logits(loaded, monkeypatch):
+@pytest.mark.parametrize("chunk", [8, 10, 1024])  # of 50 tokens: six and a rest, five, less than one
+def test_next_token_nll_is_the_perplexity_of_the_logits(loaded, monkeypatch, chunk):
     monkeypatch.setattr("kascade_core.BLOCK", 16)
+    monkeypatch.setattr("llama_model.VOCAB_CHUNK", chunk)
     config, params = loaded
     model, ids = LlamaModel(config), jnp.asarray(token_ids(NAME))
     forward, _ = compile_forward(model, params, ids)
