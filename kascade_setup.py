@@ -65,16 +65,14 @@ def pick_kernel(name: str, device: str, selection: Selection, length: int) -> tu
     """
     if name == "pallas_tpu":
         check_sizes(selection, length)
-        return (
-            name,
-            "as asked" if device == "tpu" else f"as asked; interpreted on a {device.upper()}: correct, and slow",
-        )
+        interpreted = f", and interpreted: correct on a {device.upper()}, and slow"
+        return name, "as asked" if device == "tpu" else "as asked" + interpreted
     if name != "auto" or device != "tpu":
         return "xla", "as asked" if name != "auto" else f"the one for a {device.upper()}"
     try:
         check_sizes(selection, length)
     except NotImplementedError as error:
-        return "xla", f"since {error}, which would be faster"
+        return "xla", f"{error}; they would be faster"
     return "pallas_tpu", "the one for a TPU"
 
 

@@ -165,6 +165,7 @@ def build_peer(args: argparse.Namespace) -> Any:
     import kascade_setup
     from llama_model import load_weights
 
+    kascade_setup.configure_device("cpu")
     manifest, variables = load_weights(args.weights_dir or kascade_setup.DEFAULT_WEIGHTS, np.float32)
     config, params = dataclasses.asdict(manifest["config"]), variables["params"]
     rope = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}

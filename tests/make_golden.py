@@ -16,7 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 GOLDEN = Path(__file__).with_name("golden")
 SAMPLE = Path(__file__).parents[1] / "wikipedia_sample.txt"
-WINDOWS = {"512": [0, 512, 3001], "2048": [1024]}  # first token of each window of the sample text, by length
+WINDOWS = {
+    "512": [0, 512, 3001],
+    "2048": [1024],
+    "4096": [2048],
+}  # first token of each window of the sample text, by length
 
 
 def make_logits() -> None:

@@ -14,7 +14,7 @@ from synthetic import repeating_text, write_hf_folder
 
 import benchmark_kascade_final as benchmark
 from convert_weights import convert
-from kascade_core import KASCADE_CACHE, NO_TILE, InputError
+from kascade_core import KASCADE_CACHE, NO_TILE, InputError, Selection
 from kascade_report import SweepRow, count_tokens, format_break_even
 
 NAME = "mha_llama3_tied"  # four layers, 33 words
@@ -258,6 +258,32 @@ def test_auto_dtype_follows_the_device():
     assert benchmark.pick_dtype("float16", "gpu") == "float16"
 
 
+def test_auto_kernel_is_the_tpus_own_where_it_takes_the_tiles():
+    small, large = Selection(tile_size=16), Selection(tile_size=128)
+    assert benchmark.pick_kernel("auto", "tpu", large, 8192)[0] == "pallas_tpu"
+    assert benchmark.pick_kernel("auto", "cpu", large, 8192)[0] == "xla"
+    assert benchmark.pick_kernel("xla", "tpu", large, 8192)[0] == "xla"
+    kernel, why = benchmark.pick_kernel("auto", "tpu", small, 8192)
+    assert kernel == "xla"
+    assert "a tile_size of 128 or another multiple of 128, got 16; they would be faster" in why
+
+
+def test_the_tpus_kernels_run_interpreted_where_they_are_asked_for(capsys, weights, tmp_path):
+    text, report = tmp_path / "long.txt", tmp_path / "out.json"
+    text.write_text(repeating_text(620, 33))
+    flags = ["--kernel", "pallas_tpu", "--tile_size", "128", "--top_k", "2", "--seq_len", "300", "--n_runs", "1"]
+    flags += ["--query_tile", "64", "--weights_dir", str(weights), "--text", str(text), "--json", str(report)]
+    assert benchmark.main(flags) == 0
+    assert "pallas_tpu (as asked, and interpreted: correct on a CPU, and slow)" in capsys.readouterr().out
+    tpu = json.loads(report.read_text())
+    flags[1] = "xla"
+    assert benchmark.main(flags) == 0
+    xla = json.loads(report.read_text())
+    assert tpu["density"] == xla["density"] < 1
+    for kind in ("dense", "sparse"):
+        assert tpu[kind]["perplexity"] == pytest.approx(xla[kind]["perplexity"], rel=1e-5)
+
+
 # --- Bad input: one sentence on stderr, exit code 2, nothing written ---
 
 
@@ -299,6 +325,7 @@ def refused(capsys, flags):
         (["--query_tile", "24"], "query_tile must be a multiple or a divisor of tile_size, 16, got 24"),
         (["--query_tile", "256"], "top_k must be at least 16"),
         (["--query_tile", "1024", "--top_k", "64"], "--query_tile: must be at most seq_len, 512, got 1024"),
+        (["--kernel", "pallas_tpu"], "the TPU kernels take a tile_size of 128 or another multiple of 128, got 16"),
         (["--anchor_scoring", "best"], "invalid choice: 'best'"),
         (["--dtype", "float16"], "--dtype float16: a CPU does not multiply it; use bfloat16 or float32"),
         (["--sweep", "512,x"], "--sweep: expected a whole number, got 'x'"),

@@ -23,7 +23,10 @@ def tpu():
     return compile_tpu
 
 
-@pytest.mark.parametrize(("topology", "shape", "length", "kind"), itertools.product(TOPOLOGIES, SHAPES, LENGTHS, KINDS))
+ROWS = [*itertools.product(TOPOLOGIES, SHAPES, LENGTHS, KINDS)]
+
+
+@pytest.mark.parametrize(("topology", "shape", "length", "kind"), ROWS)
 def test_programs_compile_and_fit(tpu, topology, shape, length, kind):
     row = tpu.compile_row(topology, shape, length, kind)
     assert row.hbm_bytes <= tpu.TOPOLOGIES[topology][1]
