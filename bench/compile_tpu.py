@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -155,7 +156,7 @@ def count_flops(jaxpr: Any) -> int:
             total += max(count_flops(branch.jaxpr) for branch in eqn.params["branches"])
         else:
             times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-            for inner in jax.core.jaxprs_in_params(eqn.params):
+            for inner in jaxprs_in_params(eqn.params):
                 total += times * count_flops(inner)
     return total
 
