@@ -601,5 +601,6 @@ class LlamaModel(nn.Module):
 
     def _target_logits(self, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         """One logit for each token: that of its id."""
-        w_BTD = self.tok_embeddings[ids_BT] if self.config.tie_word_embeddings else self.output.T[ids_BT]
-        return matmul("BTD,BTD->BT", x_BTD.astype(self.dtype), w_BTD.astype(self.dtype))
+        if self.config.tie_word_embeddings:
+            return matmul("BTD,BTD->BT", x_BTD.astype(self.dtype), self.tok_embeddings[ids_BT].astype(self.dtype))
+        return matmul("BTD,DBT->BT", x_BTD.astype(self.dtype), self.output[:, ids_BT].astype(self.dtype))
