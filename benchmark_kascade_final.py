@@ -40,8 +40,8 @@ from kascade_core import (
     check_perplexity,
     compile_forward,
     decide_schedule,
-    density_of,
     make_mesh,
+    mean_density,
     perplexity_of,
     publish_tiles,
     similarity_matrix,
@@ -72,53 +72,22 @@ from kascade_setup import (
     DEFAULT_TEXT,
     DEFAULT_WEIGHTS,
     DTYPES,
+    at_least_one,
+    at_least_zero,
     configure_device,
     exit_on_bad_input,
     free_memory,
+    lengths,
     load_tokenizer,
     load_windows,
     peak_memory,
     pick_dtype,
     pick_kernel,
+    share,
 )
 from llama_model import LlamaModel, count_parameters, load_weights
 
 # --- Flags ---
-
-
-def _whole(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from error
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-    return value
-
-
-def _at_least_one(text: str) -> int:
-    return _whole(text, least=1)
-
-
-def _at_least_zero(text: str) -> int:
-    return _whole(text, least=0)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from error
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {value}")
-    return value
-
-
-def _lengths(text: str) -> list[int]:
-    lengths = sorted({_at_least_one(part) for part in text.split(",")})
-    if lengths[-1] >= 2**31:
-        raise argparse.ArgumentTypeError(f"positions are 32-bit numbers, got {lengths[-1]}")
-    return lengths
 
 
 def selection_of(args: argparse.Namespace) -> Selection:
@@ -131,18 +100,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = convert_weights.OneSentenceParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "tpu", "gpu"])
-    parser.add_argument("--tile_size", type=_at_least_one, default=16, help="tokens in a tile (default 16)")
-    parser.add_argument("--top_k", type=_at_least_one, default=12, help="tiles kept per query tile (default 12)")
+    _add_method_flags(parser)
+    _add_run_flags(parser)
+    args = parser.parse_args(argv)
+    _check_together(args, parser)
+    return args
+
+
+def _add_method_flags(parser: argparse.ArgumentParser) -> None:
+    """What is compared."""
+    parser.add_argument("--tile_size", type=at_least_one, default=16, help="tokens in a tile (default 16)")
+    parser.add_argument("--top_k", type=at_least_one, default=12, help="tiles kept per query tile (default 12)")
     parser.add_argument(
         "--sink_tiles",
-        type=_at_least_zero,
+        type=at_least_zero,
         default=1,
         help="first tiles of the text that every query tile keeps, counted among the top_k (default 1)",
     )
     parser.add_argument(
         "--query_tile",
-        type=_at_least_one,
+        type=at_least_one,
         help="tokens that share one choice of tiles, a multiple or divisor of tile_size (default: tile_size)",
     )
     parser.add_argument(
@@ -151,13 +128,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=[EXACT, FAST],
         help=f"anchors score all rows of a query tile, or {FAST_ROWS} of them (default {EXACT})",
     )
-    parser.add_argument("--threshold", type=_share, default=0.65, help="least similarity to reuse (default 0.65)")
+    parser.add_argument("--threshold", type=share, default=0.65, help="least similarity to reuse (default 0.65)")
     parser.add_argument(
         "--max_reuse_dist",
-        type=_at_least_one,
+        type=at_least_one,
         default=4,
         help="reuse an anchor fewer layers back than this (default 4)",
     )
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """On what, with what, and what is said of it."""
+    parser.add_argument("--device", default="cpu", choices=["cpu", "tpu", "gpu"])
     parser.add_argument(
         "--weights_dir",
         type=Path,
@@ -167,8 +149,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--calib_text", type=Path, help="UTF-8 text to calibrate on (default: the tokens of --text before the tested)"
     )
-    parser.add_argument("--seq_len", type=_at_least_one, default=512, help="tokens in each of the two (default 512)")
-    parser.add_argument("--n_runs", type=_at_least_one, default=5, help="timed runs of each kind (default 5)")
+    parser.add_argument("--seq_len", type=at_least_one, default=512, help="tokens in each of the two (default 512)")
+    parser.add_argument("--n_runs", type=at_least_one, default=5, help="timed runs of each kind (default 5)")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -184,7 +166,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
     parser.add_argument(
         "--sweep",
-        type=_lengths,
+        type=lengths,
         default=[],
         metavar="N,N,...",
         help="also time these lengths, with the run's schedule and the tested tokens, repeated where they are too few",
@@ -192,7 +174,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     noise = parser.add_mutually_exclusive_group()
     noise.add_argument("--verbose", action="store_true", help="also print each layer's tiles")
     noise.add_argument("--quiet", action="store_true", help="print the results alone")
-    args = parser.parse_args(argv)
+
+
+def _check_together(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuses values that do not go together; settles query_tile's default."""
     if args.seq_len < 2:
         parser.error("argument --seq_len: must be at least 2, for perplexity predicts every token but the first, got 1")
     if args.tile_size > args.seq_len:
@@ -210,7 +195,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument --sink_tiles: must be at most top_k, {args.top_k}, got {args.sink_tiles}")
     if args.json and not _can_be_written(args.json):
         parser.error(f"argument --json: cannot write {args.json}: give a file in a folder that exists")
-    return args
 
 
 def _can_be_written(path: Path) -> bool:
@@ -273,7 +257,7 @@ def measure_length(
     ids = jnp.resize(ids, (1, length))
     _, sown = compiled["sparse"](params, ids)
     publish_tiles(sown)
-    density = mean_density(models["sparse"])
+    density = mean_density(models["sparse"].schedule, KASCADE_CACHE)
     samples = time_interleaved({name: partial(program, params, ids) for name, program in compiled.items()}, n_runs)
     return SweepRow(length, samples["dense"], samples["sparse"], density, peak_memory(device))
 
@@ -283,12 +267,6 @@ def _working_memory(program: Any, mesh: jax.sharding.Mesh) -> int:
     stats = program.memory_analysis()
     needed = stats.temp_size_in_bytes + stats.output_size_in_bytes
     return needed * (mesh.size if mesh.devices.flat[0].platform == "cpu" else 1)
-
-
-def mean_density(model: LlamaModel) -> float:
-    """Of all layers, counted in the tiles of the last forward, which was this model's."""
-    attended = attended_tiles(model.schedule, KASCADE_CACHE)
-    return statistics.mean(density_of(tiles) for tiles in attended.values())
 
 
 # --- The run ---
@@ -355,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         attended = attended_tiles(model_sparse.schedule, KASCADE_CACHE)
         if args.verbose:
             say(format_sparse_layers(model_sparse.schedule, attended, args.tile_size, args.seq_len))
-        density = mean_density(model_sparse)
+        density = mean_density(model_sparse.schedule, KASCADE_CACHE)
         degradation_pct = (sparse.perplexity / dense.perplexity - 1) * 100
         print("\n" + format_results(dense.perplexity, sparse.perplexity, degradation_pct, density))
 

@@ -341,6 +341,11 @@ def attended_tiles(
     return attended
 
 
+def mean_density(plans: Sequence[LayerPlan], tiles_by_layer: Mapping[int, np.ndarray]) -> float:
+    """Counted causal density of a whole forward: the mean of `density_of` over its layers."""
+    return float(np.mean([density_of(tiles) for tiles in attended_tiles(plans, tiles_by_layer).values()]))
+
+
 # --- Where the work is split ---
 
 AXIS = "tiles"  # the mesh's one axis: query tiles; keys and values are gathered to every device

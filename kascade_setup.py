@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +24,51 @@ from kascade_pallas_tpu import check_sizes
 DEFAULT_WEIGHTS = Path("llama_weights_chunked")
 DEFAULT_TEXT = Path(__file__).with_name("wikipedia_sample.txt")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+# --- Flags' types ---
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from error
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+    return value
+
+
+def at_least_one(text: str) -> int:
+    """A flag's whole number above 0."""
+    return _whole(text, least=1)
+
+
+def at_least_zero(text: str) -> int:
+    """A flag's whole number, 0 or more."""
+    return _whole(text, least=0)
+
+
+def share(text: str) -> float:
+    """A flag's number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from error
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {value}")
+    return value
+
+
+def lengths(text: str) -> list[int]:
+    """A flag's token counts, N,N,..., ascending."""
+    counts = sorted({at_least_one(part) for part in text.split(",")})
+    if counts[-1] >= 2**31:
+        raise argparse.ArgumentTypeError(f"positions are 32-bit numbers, got {counts[-1]}")
+    return counts
+
+
+# --- The machine ---
 
 
 def configure_device(device: str) -> list[jax.Device]:
@@ -80,6 +125,15 @@ def peak_memory(device: jax.Device) -> int | None:
     """The most bytes in use since the start: of the process on a CPU, otherwise of the device; None where unknown."""
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return process_peak_memory()
+
+
+def process_peak_memory() -> int | None:
+    """The most bytes that this process has had in memory; None on a system that does not tell."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -92,6 +146,9 @@ def free_memory(device: jax.Device) -> int | None:
     return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= set(stats) else None
 
 
+# --- The text ---
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
@@ -101,8 +158,8 @@ def _read_text(path: Path) -> str:
         raise InputError(f"text {path} cannot be read: {error.strerror}") from error
 
 
-def _encode(tokenizer: Any, path: Path, needed: int) -> list[int]:
-    """At least the first `needed` token ids of a text file, without special tokens."""
+def encode_text(tokenizer: Any, path: Path, needed: int) -> list[int]:
+    """The first `needed` token ids of a text file, without special tokens. Raises InputError where it has fewer."""
     text = _read_text(path)
     for part in (text[: 16 * needed], text):  # the start of a long text is enough, unless its tokens are very long
         ids = tokenizer.encode(part, add_special_tokens=False)
@@ -127,10 +184,10 @@ def load_windows(
     first = first[:1] if first[:1] == [tokenizer.bos_token_id] else []
     length = seq_len - len(first)
     if calib_text is None or calib_text.resolve() == text.resolve():
-        ids = _encode(tokenizer, text, 2 * length)
+        ids = encode_text(tokenizer, text, 2 * length)
         windows = ids[:length], ids[length:]
     else:
-        windows = _encode(tokenizer, calib_text, length), _encode(tokenizer, text, length)
+        windows = encode_text(tokenizer, calib_text, length), encode_text(tokenizer, text, length)
     if windows[0] == windows[1]:
         raise InputError(f"texts {calib_text or text} and {text} begin alike: the tested tokens would not be unseen")
     if max(map(max, windows)) >= vocab_size:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import time
@@ -22,9 +21,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# JAX and torch are imported by the process that runs them alone: see above.
+# torch and our model are imported by the process that runs them alone.
+from convert_weights import OneSentenceParser
+from kascade_setup import (
+    DEFAULT_TEXT,
+    DEFAULT_WEIGHTS,
+    DTYPES,
+    at_least_one,
+    configure_device,
+    encode_text,
+    exit_on_bad_input,
+    lengths,
+    load_tokenizer,
+    pick_dtype,
+    process_peak_memory,
+    share,
+)
 
 CALIBRATION = 2048  # tokens at most: enough for a schedule, and they leave more of the text to be tested
 ROWS = 512  # of transformers' logits at a time
@@ -32,18 +48,16 @@ ROWS = 512  # of transformers' logits at a time
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seq_len", default="512,2048,8192", help="lengths (default 512,2048,8192)")
-    parser.add_argument("--n_runs", type=int, default=5, help="timed rounds (default 5)")
-    parser.add_argument("--top_k", type=int, help="tiles (default: 10 %% of the length's, at least 12)")
-    parser.add_argument("--threshold", type=float, default=0.65, help="least similarity to reuse (default 0.65)")
-    parser.add_argument("--dtype", default="auto", help="of our products: auto, float32 or bfloat16")
-    parser.add_argument("--weights_dir", type=Path, help="default: the benchmark's")
-    parser.add_argument("--text", type=Path, help="default: the benchmark's")
+    parser = OneSentenceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq_len", type=lengths, default=[512, 2048, 8192], help="lengths (default 512,2048,8192)")
+    parser.add_argument("--n_runs", type=at_least_one, default=5, help="timed rounds (default 5)")
+    parser.add_argument("--top_k", type=at_least_one, help="tiles (default: 10 %% of the length's, at least 12)")
+    parser.add_argument("--threshold", type=share, default=0.65, help="least similarity to reuse (default 0.65)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of our products")
+    parser.add_argument("--weights_dir", type=Path, default=DEFAULT_WEIGHTS, help="default: the benchmark's")
+    parser.add_argument("--text", type=Path, default=DEFAULT_TEXT, help="default: the benchmark's")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to FILE as well")
-    args = parser.parse_args(argv)
-    args.lengths = sorted(int(length) for length in args.seq_len.split(","))
-    return args
+    return parser.parse_args(argv)
 
 
 def budget(length: int, args: argparse.Namespace) -> int:
@@ -51,35 +65,31 @@ def budget(length: int, args: argparse.Namespace) -> int:
     return args.top_k or max(12, length // 160)
 
 
-def read_windows(args: argparse.Namespace, length: int) -> tuple[Any, Any]:
-    """Calibration and test ids, [1, T] each, one after the other in the text."""
-    import numpy as np
-
-    import kascade_setup
-
-    text = args.text or kascade_setup.DEFAULT_TEXT
-    tokenizer = kascade_setup.load_tokenizer(args.weights_dir or kascade_setup.DEFAULT_WEIGHTS)
-    ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False)
-    first = min(length, CALIBRATION)
-    if len(ids) < first + length:
-        raise SystemExit(f"error: text {text} has {len(ids)} tokens, and {first + length} are needed")
-    return np.array([ids[:first]], np.int32), np.array([ids[first : first + length]], np.int32)
+def read_windows(args: argparse.Namespace) -> dict[int, tuple[Any, Any]]:
+    """For each length calibration and test ids, int32 [1, T], one after the other in the text."""
+    tokenizer = load_tokenizer(args.weights_dir)
+    windows = {}
+    for length in args.seq_len:
+        first = min(length, CALIBRATION)
+        ids = np.array([encode_text(tokenizer, args.text, first + length)])
+        windows[length] = ids[:, :first].astype(np.int32), ids[:, first:].astype(np.int32)
+    return windows
 
 
-def serve(connection: Any, prepare: Callable[[int], dict[str, tuple[float, str, Callable[[], Any]]]]) -> None:
-    """Answers the parent: an int prepares that length, a name runs that configuration and returns its seconds."""
+def serve(connection: Any, prepare: Callable[[Any, Any], dict[str, tuple[float, str, Callable[[], Any]]]]) -> None:
+    """Answers the parent: windows prepare their length, a name runs that configuration and returns its seconds."""
     runs: dict[str, Callable[[], Any]] = {}
     while (request := connection.recv()) is not None:
-        if isinstance(request, int):
+        if isinstance(request, tuple):
             runs.clear()
-            prepared = prepare(request)
+            prepared = prepare(*request)
             runs.update({name: run for name, (_, _, run) in prepared.items()})
             connection.send({name: (perplexity, note) for name, (perplexity, note, _) in prepared.items()})
         else:
             start = time.perf_counter()
             runs[request]()
             seconds = time.perf_counter() - start
-            connection.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+            connection.send((seconds, process_peak_memory()))
 
 
 def serve_ours(connection: Any, args: argparse.Namespace) -> None:
@@ -87,19 +97,14 @@ def serve_ours(connection: Any, args: argparse.Namespace) -> None:
     import jax
 
     import kascade_core as core
-    import kascade_setup
     from llama_model import LlamaModel, load_weights
 
-    mesh = core.make_mesh(kascade_setup.configure_device("cpu"))
-    dtype = kascade_setup.pick_dtype(args.dtype, "cpu")
-    weights_dir = args.weights_dir or kascade_setup.DEFAULT_WEIGHTS
-    manifest, params = load_weights(weights_dir, kascade_setup.DTYPES[dtype], mesh)
+    mesh = core.make_mesh(configure_device("cpu"))
+    dtype = pick_dtype(args.dtype, "cpu")
+    manifest, params = load_weights(args.weights_dir, DTYPES[dtype], mesh)
 
-    def prepare(length: int) -> dict[str, tuple[float, str, Callable[[], Any]]]:
-        calib_ids, test_ids = read_windows(args, length)
-        dense = LlamaModel(
-            manifest["config"], top_k=budget(length, args), sink_tiles=1, dtype=kascade_setup.DTYPES[dtype]
-        )
+    def prepare(calib_ids: Any, test_ids: Any) -> dict[str, tuple[float, str, Callable[[], Any]]]:
+        dense = LlamaModel(manifest["config"], top_k=budget(test_ids.size, args), sink_tiles=1, dtype=DTYPES[dtype])
         core.calibrate_kascade(dense, params, calib_ids, 16, budget(calib_ids.size, args), mesh)
         tiles = dict(core.KASCADE_CACHE)
         decisions = core.decide_schedule(core.similarity_matrix(tiles), args.threshold, 4)
@@ -115,9 +120,7 @@ def serve_ours(connection: Any, args: argparse.Namespace) -> None:
             note = f"compiled in {seconds:.1f} s"
             if model is not dense:
                 core.publish_tiles(sown)
-                attended = core.attended_tiles(model.schedule, core.KASCADE_CACHE)
-                density = statistics.mean(core.density_of(chosen) for chosen in attended.values())
-                note += f", {reused} REUSE, density {density:.1%}"
+                note += f", {reused} REUSE, density {core.mean_density(model.schedule, core.KASCADE_CACHE):.1%}"
             run = lambda compiled=compiled: jax.block_until_ready(compiled(params, test_ids))  # noqa: E731
             prepared[name] = (core.perplexity_of(nll[:, :-1]), note, run)
         return prepared
@@ -127,24 +130,21 @@ def serve_ours(connection: Any, args: argparse.Namespace) -> None:
 
 def serve_transformers(connection: Any, args: argparse.Namespace, dtypes: Sequence[str]) -> None:
     """transformers' LLaMA with torch's scaled_dot_product_attention, from our chunks."""
-    import numpy as np
     import torch
-    from transformers import LlamaForCausalLM
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.set_grad_enabled(False)
     models = {name: build_peer(args).to(getattr(torch, name)).eval() for name in dtypes}
-    assert all(isinstance(model, LlamaForCausalLM) for model in models.values())
 
-    def prepare(length: int) -> dict[str, tuple[float, str, Callable[[], Any]]]:
-        ids = torch.from_numpy(read_windows(args, length)[1].astype(np.int64))
+    def prepare(_: Any, test_ids: Any) -> dict[str, tuple[float, str, Callable[[], Any]]]:
+        ids = torch.from_numpy(test_ids.astype(np.int64))
 
         def mean_nll(model: Any) -> float:
             hidden = model.model(ids, use_cache=False).last_hidden_state[0, :-1]
             total = 0.0
             for rows, targets in zip(hidden.split(ROWS), ids[0, 1:].split(ROWS), strict=True):
                 total += torch.nn.functional.cross_entropy(model.lm_head(rows).float(), targets, reduction="sum").item()
-            return total / (length - 1)
+            return total / (ids.shape[1] - 1)
 
         return {
             f"transformers, {name}": (float(np.exp(mean_nll(model))), "", lambda model=model: mean_nll(model))
@@ -158,15 +158,13 @@ def build_peer(args: argparse.Namespace) -> Any:
     """A transformers model with the weights of our chunks, by the names of `convert_weights`' table."""
     import dataclasses
 
-    import numpy as np
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import kascade_setup
     from llama_model import load_weights
 
-    kascade_setup.configure_device("cpu")
-    manifest, variables = load_weights(args.weights_dir or kascade_setup.DEFAULT_WEIGHTS, np.float32)
+    configure_device("cpu")
+    manifest, variables = load_weights(args.weights_dir, np.float32)
     config, params = dataclasses.asdict(manifest["config"]), variables["params"]
     rope = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
     if scaling := config.pop("rope_scaling"):
@@ -199,7 +197,7 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def ask(self, request: int | str) -> Any:
+    def ask(self, request: tuple[Any, Any] | str) -> Any:
         """Sends a request and waits for its answer."""
         self.connection.send(request)
         try:
@@ -213,12 +211,12 @@ class Worker:
         self.process.join()
 
 
-def compare(workers: Sequence[Worker], length: int, n_runs: int) -> dict[str, dict[str, Any]]:
+def compare(workers: Sequence[Worker], windows: tuple[Any, Any], n_runs: int) -> dict[str, dict[str, Any]]:
     """Rows of one length: {configuration: {"perplexity", "note", "seconds", "peak"}}."""
     rows: dict[str, dict[str, Any]] = {}
     owners: dict[str, Worker] = {}
     for worker in workers:
-        for name, (perplexity, note) in worker.ask(length).items():
+        for name, (perplexity, note) in worker.ask(windows).items():
             owners[name] = worker
             rows[name] = {"perplexity": perplexity, "note": note, "seconds": []}
     for _ in range(n_runs):  # each ran once, to get its perplexity: it is warm
@@ -259,13 +257,15 @@ def describe(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table, row by row."""
     args = parse_args(argv)
+    with exit_on_bad_input():
+        windows = read_windows(args)
     header = "| tokens | | perplexity | seconds | of transformers' faster | peak MB | |\n|---|---|---|---|---|---|---|"
     parts = [describe(args) + "\n", header]
     print("\n".join(parts), flush=True)
     ours, dtypes = Worker(serve_ours, args), ["float32", "bfloat16"]
-    for length in args.lengths:
+    for length in args.seq_len:
         peer = Worker(serve_transformers, args, dtypes)
-        rows = compare([ours, peer], length, args.n_runs)
+        rows = compare([ours, peer], windows[length], args.n_runs)
         peer.close()
         medians = {name: statistics.median(rows[f"transformers, {name}"]["seconds"]) for name in dtypes}
         dtypes = [min(medians, key=medians.get)]  # the slower one is left out of longer lengths
