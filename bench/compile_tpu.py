@@ -45,7 +45,8 @@ SHAPES = {
     "llama3.1-8b": LlamaConfig(**LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128),
 }
 LENGTHS = (2048, 8192, 32768, 131072)
-KINDS = ("dense", "anchor", "reuse", "block")
+ATTENTION = ("dense", "anchor", "reuse")
+KINDS = (*ATTENTION, "block")
 TILE = 128
 
 
@@ -67,10 +68,10 @@ def select(length: int, share: float = 0.1) -> Selection:
     return Selection(tile_size=TILE, top_k=max(1, int(tile_count(length, TILE) * share)))
 
 
-def chip(topology: str) -> Mesh:
-    """One chip of a topology that is not there."""
+def mesh_of(topology: str, chips: int = 1) -> Mesh:
+    """Chips of a topology that is not there."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[topology][0]).devices
-    return Mesh(np.array(devices[:1]), (AXIS,))
+    return Mesh(np.array(devices[:chips]), (AXIS,))
 
 
 def program(kind: str, config: LlamaConfig, length: int, selection: Selection) -> tuple[Callable[..., Any], list[Any]]:
@@ -105,7 +106,7 @@ def program(kind: str, config: LlamaConfig, length: int, selection: Selection) -
 def compile_row(topology: str, shape: str, length: int, kind: str, share: float = 0.1) -> Row:
     """Compiles one program for one chip."""
     function, args = program(kind, SHAPES[shape], length, select(length, share))
-    where = NamedSharding(chip(topology), PartitionSpec())
+    where = NamedSharding(mesh_of(topology), PartitionSpec())
     is_shape = lambda leaf: isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[0], tuple)  # noqa: E731
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(*a, sharding=where), args, is_leaf=is_shape)
     compiled = jax.jit(function).lower(*args).compile()
@@ -113,9 +114,9 @@ def compile_row(topology: str, shape: str, length: int, kind: str, share: float 
     return Row(topology, shape, length, kind, hbm_bytes(compiled), flops / 1e12, largest_array(compiled.as_text()))
 
 
-def compile_model(topology: str, shape: str, length: int) -> Row:
+def compile_model(topology: str, shape: str, length: int, chips: int = 1) -> Row:
     """Compiles a whole model's forward with its loss: one dense layer, an anchor in every fourth, the rest reuse."""
-    config, mesh = SHAPES[shape], chip(topology)
+    config, mesh = SHAPES[shape], mesh_of(topology, chips)
     schedule = {i: (ANCHOR, None) if i % 4 == 1 else (REUSE, i - (i - 1) % 4) for i in range(config.num_hidden_layers)}
     selection = select(length)
     model = LlamaModel(
@@ -166,12 +167,14 @@ def causal_flops(config: LlamaConfig, length: int) -> int:
     return 2 * config.num_attention_heads * config.head_dim * length * (length + 1)
 
 
-def format_row(row: Row) -> str:
-    """A line of the Markdown table."""
-    share = "" if row.kind == "model" else f"{row.tflops:.3f}"
-    if row.kind in ("anchor", "reuse", "dense"):
-        share += f" ({row.tflops * 1e12 / causal_flops(SHAPES[row.shape], row.length):.2f})"
-    return f"| {row.topology} | {row.shape} | {row.length} | {row.kind} | {row.hbm_bytes / 1e9:.2f} | {share} |"
+def format_rows(rows: Sequence[Row]) -> str:
+    """A line of the Markdown table: one program, compiled for every topology."""
+    row = rows[0]
+    share = ""
+    if row.kind in ATTENTION:
+        share = f" ({row.tflops * 1e12 / causal_flops(SHAPES[row.shape], row.length):.2f})"
+    sizes = " | ".join(f"{row.hbm_bytes / 1e9:.2f}" for row in rows)
+    return f"| {row.shape} | {row.length} | {row.kind} | {sizes} | {row.tflops:.3f}{share} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,16 +182,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to FILE as well")
     args = parser.parse_args(argv)
-    lines = [
-        "| chip | shape | tokens | program | HBM, GB | TFLOP (of dense causal attention) |",
-        "|---|---|---|---|---|---|",
-    ]
+    sizes = " | ".join(f"HBM, GB, {name}" for name in TOPOLOGIES)
+    lines = [f"| shape | tokens | program | {sizes} | TFLOP (of dense causal attention) |", "|---" * 6 + "|"]
     print("\n".join(lines))
-    for topology, shape, length, kind in tqdm([*itertools.product(TOPOLOGIES, SHAPES, LENGTHS, KINDS)], disable=None):
-        lines.append(format_row(compile_row(topology, shape, length, kind)))
+    for shape, length, kind in tqdm([*itertools.product(SHAPES, LENGTHS, KINDS)], disable=None):
+        lines.append(format_rows([compile_row(name, shape, length, kind) for name in TOPOLOGIES]))
         print(lines[-1], flush=True)
-    lines.append(format_row(compile_model("v5e", "llama3.2-1b", 8192)))
-    print(lines[-1])
+    for chips in (1, 4):
+        model = compile_model("v5e", "llama3.2-1b", 8192, chips)
+        lines.append(f"\nThe whole llama3.2-1b, 8192 tokens, on {chips} v5e: {model.hbm_bytes / 1e9:.2f} GB a chip.")
+        print(lines[-1])
     if args.markdown:
         args.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0

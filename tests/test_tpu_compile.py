@@ -67,5 +67,6 @@ def test_the_counter_counts(tpu):
     assert tpu.largest_array("%a = bf16[3,5]{1,0} add(f32[2,2,4] %b)") == 16
 
 
-def test_a_whole_model_fits_one_chip(tpu):
-    assert tpu.compile_model("v5e", "llama3.2-1b", 8192).hbm_bytes <= tpu.TOPOLOGIES["v5e"][1]
+@pytest.mark.parametrize("chips", [1, 4])
+def test_a_whole_model_fits(tpu, chips):
+    assert tpu.compile_model("v5e", "llama3.2-1b", 8192, chips).hbm_bytes <= tpu.TOPOLOGIES["v5e"][1]
