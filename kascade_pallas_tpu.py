@@ -22,7 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from kascade_core import NO_TILE, Layout, Selection, pad_axis, select_tiles, tile_count
+from kascade_core import NO_TILE, Selection, select_tiles
+from kascade_layout import Layout, pad_axis, tile_count
 
 LANES = 128  # a key tile is a whole number of a vector register's lanes
 TILES_AT_ONCE = 8  # key tiles in one step of scoring
@@ -41,7 +42,7 @@ def check_sizes(selection: Selection, length: int) -> None:
         raise NotImplementedError(
             f"the TPU kernels take a query_tile that is a multiple of 8 and at most tile_size, {M}, got {Y}"
         )
-    slots = min(selection.top_k, tile_count(length, M))
+    slots = selection.slots(tile_count(length, M))
     needed, usable = 4 * tile_count(length, Y) * (slots + 2), SMEM_BYTES * 7 // 8  # the compiler keeps some for itself
     if needed > usable:
         fits = usable // (4 * tile_count(length, Y)) - 2

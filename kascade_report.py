@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, Decision, LayerPlan, density_of, tile_count
+from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, Decision, LayerPlan, density_of
+from kascade_layout import tile_count
 from llama_model import count_parameters
 
 MAX_DEGRADATION = 2.0  # percent; the guide's bar for success
@@ -32,13 +33,30 @@ def format_configuration(args: argparse.Namespace, dtype: str, kernel: str) -> s
         f"   Kernel:           {kernel}\n"
         f"   Sequence Length:  {args.seq_len}\n"
         f"   Tile Size:        {args.tile_size}\n"
-        f"   Top-K Tiles:      {args.top_k}\n"
+        f"   {'Density:     ' if args.density else 'Top-K Tiles: '}     {args.density or args.top_k}\n"
         f"   Sink Tiles:       {args.sink_tiles}\n"
+        f"   Local Tiles:      {args.local_tiles}\n"
         f"   Query Tile:       {args.query_tile}\n"
         f"   Anchor Scoring:   {args.anchor_scoring}\n"
         f"   Threshold:        {args.threshold:.2%}\n"
         f"   Max Reuse Dist:   {args.max_reuse_dist}\n"
+        f"   Scheduler:        {describe_scheduler(args)}\n"
     )
+
+
+def describe_scheduler(args: argparse.Namespace) -> str:
+    """Which rule makes the schedule."""
+    if args.load_schedule:
+        return f"loaded from {args.load_schedule.name}"
+    if args.scheduler == "search":
+        limit = "" if args.max_degradation is None else f", degradation under {args.max_degradation:g}%"
+        return f"search, budgets by {args.budgets}{limit}"
+    return f"{args.scheduler}, {args.similarity}"
+
+
+def describe_budget(args: argparse.Namespace) -> str:
+    """How many tiles are kept, before any budgets of layers."""
+    return f"Top-K {args.top_k}" if args.density is None else f"density {args.density:g}"
 
 
 def format_model(manifest: Mapping[str, Any], params: Any) -> str:
@@ -49,9 +67,13 @@ def format_model(manifest: Mapping[str, Any], params: Any) -> str:
     return f"✓ {manifest['model']}: {layers} layers, {millions:.1f}M parameters, {size_mb:.0f} MB\n"
 
 
-def format_schedule(decisions: Sequence[Decision], threshold: float, max_reuse_dist: int) -> str:
-    """The guide's schedule section: a line with the reason for each layer, the count, the strip of layer types."""
-    lines = [f"   Similarity threshold: {threshold:.2%}", f"   Max reuse distance: {max_reuse_dist}"]
+def format_schedule(decisions: Sequence[Decision], threshold: float | None, max_reuse_dist: int | None) -> str:
+    """The guide's schedule section: a line with the reason for each layer, the count, the strip of layer types.
+
+    The threshold and the distance are those of the guide's rule, None for another.
+    """
+    lines = [] if threshold is None else [f"   Similarity threshold: {threshold:.2%}"]
+    lines += [] if max_reuse_dist is None else [f"   Max reuse distance: {max_reuse_dist}"]
     for layer, decision in enumerate(decisions):
         target = f" L{decision.anchor}" if decision.mode == REUSE else ""
         lines.append(f"  Layer {layer}: {decision.mode}{target} ({decision.reason})")
@@ -226,6 +248,7 @@ def schedule_rows(
             "similarity": decision.similarity,
             "reason": decision.reason,
             "head_map": plan.head_map,
+            "budgets": plan.budgets,
             "density": density_of(attended[layer]),
         }
         for layer, (decision, plan) in enumerate(zip(decisions, plans, strict=True))
@@ -238,16 +261,18 @@ def describe_run(args: argparse.Namespace, devices: Sequence[jax.Device], dtype:
     where = f"{len(devices)} {args.device.upper()} device(s), {devices[0].device_kind}"
     return (
         f"whole forward and loss on {where}, {dtype}, {kernel}; "
-        f"tile {args.tile_size}{sharing}, Top-K {args.top_k}, {args.anchor_scoring} scoring, n = {args.n_runs}"
+        f"tile {args.tile_size}{sharing}, {describe_budget(args)}, {args.anchor_scoring} scoring, n = {args.n_runs}"
     )
 
 
 def describe_config(args: argparse.Namespace, weights_dir: Path, dtype: str, kernel: str) -> dict[str, Any]:
     """The run's settings as --json holds them, "auto" and defaults resolved."""
     names = ("tile_size", "top_k", "sink_tiles", "query_tile", "anchor_scoring", "threshold", "max_reuse_dist")
+    names += ("local_tiles", "density", "similarity", "scheduler", "anchors", "budgets", "max_degradation")
     names += ("seq_len", "n_runs")
     settings = {name: getattr(args, name) for name in names}
-    paths = {"weights_dir": weights_dir, "text": args.text, "calib_text": args.calib_text or args.text}
+    paths = {"load_schedule": args.load_schedule} if args.load_schedule else {}
+    paths |= {"weights_dir": weights_dir, "text": args.text, "calib_text": args.calib_text or args.text}
     return (
         {"device": args.device, "dtype": dtype, "kernel": kernel}
         | settings

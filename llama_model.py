@@ -19,19 +19,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from kascade_core import (
-    ANCHOR,
-    EXACT,
-    REUSE,
-    InputError,
-    LayerPlan,
-    Layout,
-    Selection,
-    freeze_schedule,
-    pad_axis,
-    tile_count,
-)
-from kascade_kernels import anchor_attention, choose_tiles, dense_attention, gather_keys, matmul, reuse_attention
+from kascade_core import ANCHOR, DENSE, EXACT, InputError, LayerPlan, Selection, freeze_schedule
+from kascade_kernels import choose_tiles, dense_attention, gather_keys, matmul, reuse_attention, score_tiles
+from kascade_layout import Layout, pad_axis, tile_count
 
 # --- Configuration ---
 
@@ -416,24 +406,31 @@ class Attention(nn.Module):
     dtype: Any
     kernel: str | None
 
-    @nn.compact
+    def setup(self) -> None:
+        for name, shape in chunk_shapes(self.config)[layer_chunk(0)]["attention"].items():
+            setattr(self, name, self.param(name, _matrix_init, shape))
+
     def __call__(
         self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], tiles_BKQC: jax.Array | None, layout: Layout
     ) -> tuple[jax.Array, jax.Array | None]:
-        config, dtype = self.config, self.dtype
-        B, T, _ = x_BTD.shape
-        shapes = chunk_shapes(config)[layer_chunk(0)]["attention"]
-        w = {name: self.param(name, _matrix_init, shape) for name, shape in shapes.items()}
-        q_BTNH, k_BTKH, v_BTKH = (
-            _linear(x_BTD, w[name], dtype).reshape(B, T, -1, config.head_dim) for name in ("wq", "wk", "wv")
-        )
-        q_BTNH = apply_rope(q_BTNH, rope).astype(dtype)
-        k_BKHS = gather_keys(apply_rope(k_BTKH, rope).astype(dtype).transpose(0, 2, 3, 1), 3, layout)
-        v_BKSH = gather_keys(v_BTKH.astype(dtype).transpose(0, 2, 1, 3), 2, layout)
+        q_BTNH, k_BKHS = self.queries_and_keys(x_BTD, rope, layout)
+        v_BTKH = self._heads(x_BTD, self.wv).astype(self.dtype)
+        v_BKSH = gather_keys(v_BTKH.transpose(0, 2, 1, 3), 2, layout)
         out_BTNH, chosen_BKQC = self._attend(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, layout)
         if chosen_BKQC is not None:
             self.sow("kascade", "tiles", chosen_BKQC, reduce_fn=lambda _, new: new)
-        return _linear(out_BTNH.reshape(B, T, -1), w["wo"], dtype), chosen_BKQC
+        return _linear(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.wo, self.dtype), chosen_BKQC
+
+    def _heads(self, x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
+        return _linear(x_BTD, w_DF, self.dtype).reshape(*x_BTD.shape[:2], -1, self.config.head_dim)
+
+    def queries_and_keys(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], layout: Layout
+    ) -> tuple[jax.Array, jax.Array]:
+        """This shard's q_BTNH and the whole sequence's k_BKHS, after RoPE."""
+        q_BTNH = apply_rope(self._heads(x_BTD, self.wq), rope).astype(self.dtype)
+        k_BTKH = apply_rope(self._heads(x_BTD, self.wk), rope).astype(self.dtype)
+        return q_BTNH, gather_keys(k_BTKH.transpose(0, 2, 3, 1), 3, layout)
 
     def _attend(
         self,
@@ -443,14 +440,17 @@ class Attention(nn.Module):
         tiles_BKQC: jax.Array | None,
         layout: Layout,
     ) -> tuple[jax.Array, jax.Array | None]:
-        where = {"selection": self.selection, "layout": layout, "implementation": self.kernel}
-        if self.plan.mode == ANCHOR:
-            return anchor_attention(q_BTNH, k_BKHS, v_BKSH, **where)
-        if self.plan.mode == REUSE:
-            tiles_BKQC = tiles_BKQC[:, jnp.array(self.plan.head_map)]
-            return reuse_attention(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, **where), None
-        chosen_BKQC = choose_tiles(q_BTNH, k_BKHS, **where) if self.calibrate else None
-        return dense_attention(q_BTNH, k_BKHS, v_BKSH, layout=layout, implementation=self.kernel), chosen_BKQC
+        plan, where = self.plan, {"layout": layout, "implementation": self.kernel}
+        chosen_BKQC = None
+        if plan.mode == ANCHOR or self.calibrate:
+            budget = {} if plan.keep is None else {"top_k": plan.keep, "density": None, "ranked": True}
+            selection = dataclasses.replace(self.selection, **budget)
+            chosen_BKQC = choose_tiles(q_BTNH, k_BKHS, selection=selection, **where)
+        if plan.mode == DENSE:
+            return dense_attention(q_BTNH, k_BKHS, v_BKSH, **where), chosen_BKQC
+        tiles_BKQC = chosen_BKQC if plan.mode == ANCHOR else tiles_BKQC[:, jnp.array(plan.head_map)]
+        budgets = {"selection": self.selection, "budgets": plan.budgets}
+        return reuse_attention(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, **budgets, **where), chosen_BKQC
 
 
 class FeedForward(nn.Module):
@@ -496,14 +496,32 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], tiles_BKQC: jax.Array | None, layout: Layout
     ) -> tuple[jax.Array, jax.Array | None]:
-        eps = self.config.rms_norm_eps
-        out_BTD, chosen_BKQC = self.attention(rms_norm(x_BTD, self.attention_norm, eps), rope, tiles_BKQC, layout)
-        x_BTD = x_BTD + out_BTD
-        return x_BTD + self.feed_forward(rms_norm(x_BTD, self.ffn_norm, eps)), chosen_BKQC
+        x_BTD, chosen_BKQC = self.attend(x_BTD, rope, tiles_BKQC, layout)
+        return x_BTD + self.feed_forward(rms_norm(x_BTD, self.ffn_norm, self.config.rms_norm_eps)), chosen_BKQC
+
+    def attend(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], tiles_BKQC: jax.Array | None, layout: Layout
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The layer's first half."""
+        normed_BTD = rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
+        out_BTD, chosen_BKQC = self.attention(normed_BTD, rope, tiles_BKQC, layout)
+        return x_BTD + out_BTD, chosen_BKQC
+
+    def score(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], layout: Layout) -> jax.Array:
+        """Scores_BKQP, the masses that this layer would choose its tiles by."""
+        queries_and_keys = self.queries_and_keys(x_BTD, rope, layout)
+        return score_tiles(*queries_and_keys, selection=self.selection, layout=layout)
+
+    def queries_and_keys(
+        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], layout: Layout
+    ) -> tuple[jax.Array, jax.Array]:
+        """Those of this layer's attention (see `Attention`)."""
+        normed_BTD = rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
+        return self.attention.queries_and_keys(normed_BTD, rope, layout)
 
 
 class LlamaModel(nn.Module):
-    """A LLaMA whose layers attend as `schedule` says: {layer: (mode, anchor[, head_map])}, None for dense throughout.
+    """A LLaMA whose layers attend as `schedule` says: {layer: (mode, anchor[, head_map[, budgets]])}, None: densely.
 
     `apply(params, ids_BT)` returns float32 logits_BTV; with `mutable=["kascade"]` also the tiles that the anchors
     chose, which `kascade_core.publish_tiles` puts into KASCADE_CACHE. The schedule is validated and frozen, so that
@@ -519,6 +537,8 @@ class LlamaModel(nn.Module):
       top_k: tiles that an anchor keeps per query tile and KV head, at least 1.
       sink_tiles: the sequence's first tiles, kept by every anchor whatever their mass; they count among the top_k.
       query_tile: tokens that share one choice of tiles, a multiple or divisor of tile_size; tile_size when left out.
+      local_tiles: key tiles before a query tile's own, kept likewise.
+      density: instead of top_k, the share of the causal key tiles that an anchor keeps.
       anchor_scoring: "exact", or "fast" from a few rows of each query tile (see `kascade_core.Selection`).
       calibrate: dense layers choose and sow tiles as well, and attend to everything all the same.
       dtype: of the inputs of every matrix product; sums, norms, softmax and loss are float32.
@@ -532,6 +552,8 @@ class LlamaModel(nn.Module):
     top_k: int = 12
     sink_tiles: int = 0
     query_tile: int | None = None
+    local_tiles: int = 0
+    density: float | None = None
     anchor_scoring: str = EXACT
     calibrate: bool = False
     dtype: Any = jnp.float32
@@ -540,7 +562,8 @@ class LlamaModel(nn.Module):
 
     def __post_init__(self) -> None:
         config = self.config
-        self.selection = Selection(self.tile_size, self.top_k, self.sink_tiles, self.query_tile, self.anchor_scoring)
+        sizes = {name: getattr(self, name) for name in ("tile_size", "top_k", "sink_tiles", "local_tiles", "density")}
+        self.selection = Selection(**sizes, query_tile=self.query_tile, scoring=self.anchor_scoring)
         self.schedule = freeze_schedule(self.schedule, config.num_hidden_layers, config.num_key_value_heads)
         super().__post_init__()
 

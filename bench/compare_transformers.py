@@ -97,9 +97,10 @@ def serve_ours(connection: Any, args: argparse.Namespace) -> None:
     import jax
 
     import kascade_core as core
+    from kascade_layout import make_mesh
     from llama_model import LlamaModel, load_weights
 
-    mesh = core.make_mesh(configure_device("cpu"))
+    mesh = make_mesh(configure_device("cpu"))
     dtype = pick_dtype(args.dtype, "cpu")
     manifest, params = load_weights(args.weights_dir, DTYPES[dtype], mesh)
 

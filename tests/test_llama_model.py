@@ -15,6 +15,7 @@ from synthetic import HF_CONFIGS, token_ids, write_hf_folder
 import kascade_core as core
 from convert_weights import convert
 from kascade_core import ANCHOR, DENSE, KASCADE_CACHE, REUSE, InputError, compile_forward, compute_perplexity
+from kascade_layout import make_mesh
 from llama_model import (
     EMBEDDINGS_CHUNK,
     FORMAT_VERSION,
@@ -126,11 +127,11 @@ def test_the_cache_holds_the_last_texts_tiles_and_no_tracer(loaded):
 )
 def test_devices_agree(loaded, schedule, sizes, num_devices, monkeypatch):
     """Dealt over several devices: the same tiles, and the same losses to rounding."""
-    monkeypatch.setattr("kascade_core.BLOCK", 8)
+    monkeypatch.setattr("kascade_layout.BLOCK", 8)
     config, params = loaded
     model = LlamaModel(config, schedule=schedule, tile_size=4, top_k=3, calibrate=True, **sizes)
     ids = jnp.asarray(token_ids(NAME))
-    mesh = core.make_mesh(jax.devices()[:num_devices])
+    mesh = make_mesh(jax.devices()[:num_devices])
     assert mesh.size == num_devices
     results = []
     for where in (None, mesh):
@@ -159,7 +160,7 @@ def test_calibration_chooses_in_every_layer_of_a_dense_forward(loaded):
 
 @pytest.mark.parametrize("chunk", [8, 10, 1024])  # of 50 tokens: six and a rest, five, less than one
 def test_next_token_nll_is_the_perplexity_of_the_logits(loaded, monkeypatch, chunk):
-    monkeypatch.setattr("kascade_core.BLOCK", 16)
+    monkeypatch.setattr("kascade_layout.BLOCK", 16)
     monkeypatch.setattr("llama_model.VOCAB_CHUNK", chunk)
     config, params = loaded
     model, ids = LlamaModel(config), jnp.asarray(token_ids(NAME))
@@ -308,7 +309,7 @@ def test_weights_come_back_as_stored(folder):
 
 
 def test_cpu_devices_share_the_weights_memory(folder):
-    _, params = load_weights(folder, mesh=core.make_mesh(jax.devices()[:2]))
+    _, params = load_weights(folder, mesh=make_mesh(jax.devices()[:2]))
     for leaf in jax.tree.leaves(params):
         assert len({shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards}) == 1
 
