@@ -284,6 +284,63 @@ def test_the_tpus_kernels_run_interpreted_where_they_are_asked_for(capsys, weigh
         assert tpu[kind]["perplexity"] == pytest.approx(xla[kind]["perplexity"], rel=1e-5)
 
 
+# --- Other schedules ---
+
+
+def run(capsys, weights, text, *flags):
+    """A run's output."""
+    short = [*SMALL[:6], "--n_runs", "1", "--weights_dir", str(weights), "--text", str(text)]
+    assert benchmark.main([*short, *map(str, flags)]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [("--scheduler", "dp"), ("--scheduler", "dp", "--similarity", "mass")])
+def test_the_programmes_anchors_are_as_many_as_asked_for(capsys, weights, text, flags):
+    output = run(capsys, weights, text, *flags, "--anchors", "2")
+    assert "📋 Final Schedule: 1 REUSE, 3 ANCHOR/DENSE" in output
+    assert "Similarity threshold" not in output
+    assert "(chosen by dynamic programming)" in output
+
+
+def test_the_guides_rule_on_the_papers_similarity(capsys, weights, text):
+    output = run(capsys, weights, text, "--similarity", "mass", "--threshold", "0")
+    assert "📋 Final Schedule: 2 REUSE, 2 ANCHOR/DENSE" in output
+
+
+def test_a_searched_schedule_is_saved_and_loaded(capsys, weights, text, tmp_path):
+    path = tmp_path / "schedule.json"
+    searched = run(capsys, weights, text, "--scheduler", "search", "--anchors", "1", "--save_schedule", path)
+    assert "📋 Final Schedule: 2 REUSE, 2 ANCHOR/DENSE" in searched
+    loaded = run(capsys, weights, text, "--load_schedule", path)
+    assert "Calibrating" not in loaded
+    line = next(line for line in searched.splitlines() if "Sparse Perplexity" in line)
+    assert line in loaded
+    other = [*SMALL, "--tile_size", "8", "--weights_dir", str(weights), "--text", str(text)]
+    refusal = refused(capsys, [*other, "--load_schedule", str(path)])
+    assert "was made for tile_size 4, and this run has 8" in refusal
+
+
+def test_a_limit_on_the_degradation(capsys, weights, text, tmp_path):
+    path = tmp_path / "out.json"
+    output = run(capsys, weights, text, "--max_degradation", "3", "--json", path)
+    report = json.loads(path.read_text())
+    assert report["calibration_degradation_pct"] < 3
+    assert f"calibration text {report['calibration_degradation_pct']:+.2f}%, asked for under 3%" in output
+    assert {len(row["budgets"]) for row in report["schedule"] if row["mode"] != "DENSE"} == {5}
+
+
+def test_a_density_instead_of_a_top_k(capsys, weights, text):
+    short = [*SMALL[:2], *SMALL[4:], "--weights_dir", str(weights), "--text", str(text)]
+    assert benchmark.main([*short, "--density", "0.5", "--local_tiles", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "density 0.5" in output and "Top-K" not in output
+
+
+def test_more_anchors_than_layers(capsys, weights, text):
+    flags = [*SMALL, "--weights_dir", str(weights), "--text", str(text), "--scheduler", "dp", "--anchors", "4"]
+    assert "anchors must be from 1 to 3" in refused(capsys, flags)
+
+
 # --- Bad input: one sentence on stderr, exit code 2, nothing written ---
 
 
@@ -331,6 +388,16 @@ def refused(capsys, flags):
         (["--sweep", "512,x"], "--sweep: expected a whole number, got 'x'"),
         (["--sweep", ""], "--sweep: expected a whole number, got ''"),
         (["--sweep", "8,512"], "--sweep: lengths must be at least query_tile, 16, and 2, got 8"),
+        (["--top_k", "4", "--density", "0.1"], "--density: it is an alternative to --top_k"),
+        (["--density", "0"], "density must be above 0"),
+        (["--local_tiles", "-1"], "--local_tiles: must be at least 0, got -1"),
+        (["--anchors", "3"], "--anchors: of no use with --scheduler threshold"),
+        (["--scheduler", "dp", "--budgets", "head"], "--budgets: of no use with --scheduler dp"),
+        (["--scheduler", "search", "--similarity", "mass"], "--similarity: of no use with --scheduler search"),
+        (["--scheduler", "dp", "--max_degradation", "1"], "--max_degradation: it needs --scheduler search, got dp"),
+        (["--max_degradation", "0"], "--max_degradation: must be above 0, got 0"),
+        (["--load_schedule", "x", "--anchors", "3"], "--anchors: of no use with --load_schedule"),
+        (["--save_schedule", "no/such/folder/s.json"], "--save_schedule: cannot write no/such/folder/s.json"),
         (["--sweep", "99999999999"], "--sweep: positions are 32-bit numbers, got 99999999999"),
     ],
 )

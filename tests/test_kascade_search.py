@@ -14,17 +14,16 @@ import kascade_core as core
 import kascade_search as search
 from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, InputError, Selection
 from kascade_layers import LayerRunner
-from kascade_layout import make_mesh, tile_count
+from kascade_layout import make_mesh
 from llama_model import LlamaConfig, LlamaModel
 
 NAME = "mha_llama3_tied"  # four layers, five KV heads
 SELECTION = Selection(tile_size=4, top_k=3, sink_tiles=1)
-LENGTH = 37  # ten tiles, the last with one token
 
 
 @pytest.fixture(scope="module")
 def setup():
-    """A random model, its variables, ids [1, LENGTH], and a mesh of every device."""
+    """A random model, its variables, ids [1, 37] (ten tiles, the last with one token), and a mesh of every device."""
     config = LlamaConfig.from_hf(HF_CONFIGS[NAME])
     model = LlamaModel(config, None, SELECTION.tile_size, SELECTION.top_k, SELECTION.sink_tiles)
     ids = jnp.asarray(token_ids(NAME)[:1])
@@ -322,4 +321,3 @@ def test_budget_grids_end_at_everything():
     for least, most in ((1, 1), (2, 37), (5, 5)):
         grid = search.budget_grid(least, most)
         assert grid[0] == least and grid[-1] == most and (np.diff(grid) > 0).all()
-    assert tile_count(LENGTH, 4) == 10
