@@ -55,7 +55,11 @@ def describe_scheduler(args: argparse.Namespace) -> str:
 
 
 def describe_budget(args: argparse.Namespace) -> str:
-    """How many tiles are kept, before any budgets of layers."""
+    """How many tiles are kept."""
+    if args.load_schedule:
+        return f"schedule {args.load_schedule.name}"
+    if args.scheduler == "search":
+        return f"searched budgets by {args.budgets}"
     return f"Top-K {args.top_k}" if args.density is None else f"density {args.density:g}"
 
 
