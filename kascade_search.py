@@ -31,6 +31,7 @@ from tqdm import tqdm
 from kascade_core import (
     ANCHOR,
     DENSE,
+    FIRST_LAYER,
     REUSE,
     Decision,
     InputError,
@@ -76,19 +77,13 @@ def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
     return tqdm(items, desc=what, unit="layer", disable=None, leave=False)
 
 
-def rank_all(scores_BKQP: np.ndarray, selection: Selection) -> np.ndarray:
-    """int32 [..., Q, P]: all key tiles of each query tile, best first."""
-    everything = dataclasses.replace(selection, top_k=scores_BKQP.shape[-1], density=None, ranked=True)
-    return np.asarray(select_tiles(jnp.asarray(scores_BKQP), everything))
-
-
 def _places(scores_XQP: np.ndarray, selection: Selection) -> np.ndarray:
     """int [X, Q, P]: each key tile's place in its query tile's ranking; P where it is not seen."""
     X, Q, P = scores_XQP.shape
-    ranked = rank_all(scores_XQP, selection)
-    places = np.full((X, Q, P + 1), P)
+    everything = dataclasses.replace(selection, top_k=P, density=None, ranked=True)
+    ranked = np.asarray(select_tiles(jnp.asarray(scores_XQP), everything))
+    places = np.full((X, Q, P + 1), P)  # the last takes what unused slots write
     np.put_along_axis(places, np.minimum(ranked, P), np.broadcast_to(np.arange(P), ranked.shape), axis=-1)
-    places[..., :P][np.broadcast_to(~_seen(Q, P, selection), (X, Q, P))] = P
     return places[..., :P]
 
 
@@ -174,7 +169,7 @@ def check_anchors(num_anchors: int, num_layers: int) -> None:
 
 def decide_nearest(similarity_LL: np.ndarray, anchors: Sequence[int]) -> list[Decision]:
     """Every layer that is no anchor reuses the nearest anchor before it, as the paper's programme counts."""
-    decisions = [Decision(DENSE, None, None, "full attention - paper requirement")]
+    decisions = [FIRST_LAYER]
     for layer in range(1, len(similarity_LL)):
         if layer in anchors:
             decisions.append(Decision(ANCHOR, None, None, "chosen by dynamic programming"))
@@ -390,7 +385,7 @@ def share_budgets(
 
 def plan_decisions(plan: Plan) -> list[Decision]:
     """A plan as it is printed."""
-    decisions = [Decision(DENSE, None, None, "full attention - paper requirement")]
+    decisions = [FIRST_LAYER]
     for layer, source in enumerate(plan.sources[1:], start=1):
         mode, anchor = (ANCHOR, None) if source == layer else (REUSE, source)
         decisions.append(Decision(mode, anchor, None, "measured"))

