@@ -158,6 +158,13 @@ def cut_tiles(ranked_BKQC: jax.Array, budgets: Sequence[int]) -> jax.Array:
     return jnp.sort(jnp.where(kept, ranked_BKQC[..., : places_C.size], NO_TILE), axis=-1)
 
 
+def causal_tiles(layout: Layout, tile_size: int) -> jax.Array:
+    """tiles_QC of a dense layer: every tile up to its own, for the query tiles of the shard that asks."""
+    own_Q1 = layout.local_positions()[::tile_size, None] // tile_size
+    tiles_C = jnp.arange(layout.padded // tile_size)
+    return jnp.where(tiles_C <= own_Q1, tiles_C, NO_TILE)
+
+
 def seen_tiles(tiles_BKQC: np.ndarray) -> np.ndarray:
     """int [B, K, Q]: how many key tiles each query tile could choose from; its own are the last, and always chosen."""
     tiles_BKQC = np.asarray(tiles_BKQC)

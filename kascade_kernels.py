@@ -8,8 +8,9 @@ keys, X the query tiles in a block, J the blocks of one device.
 Without a `layout`, T = S = the sequence, of any length. With one, the call stands inside `jax.shard_map`: q and tiles
 are this shard's dealt blocks, keys and values the whole padded sequence (see `gather_keys`).
 
-`implementation` is "xla", which runs everywhere and is what None means, or "pallas_tpu", for tiles of 128 tokens and
-more (see kascade_pallas_tpu). What one of them does not take it refuses with NotImplementedError.
+`implementation` is "xla", which runs everywhere and is what None means, "pallas_tpu", for tiles of 128 tokens and more
+(see kascade_pallas_tpu), or "pallas_gpu", for tiles of 16 to 128 tokens, heads of width 64 or 128, bfloat16 and float16
+(see kascade_pallas_gpu). What one of them does not take it refuses with NotImplementedError.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import kascade_pallas_gpu
 import kascade_pallas_tpu
 from kascade_core import NO_TILE, Selection, compile_ahead, cut_tiles, select_tiles
 from kascade_layout import AXIS, Layout, pad_axis, tile_count
 
-IMPLEMENTATIONS = ("xla", "pallas_tpu")
+PALLAS = {"pallas_tpu": kascade_pallas_tpu, "pallas_gpu": kascade_pallas_gpu}
+IMPLEMENTATIONS = ("xla", *PALLAS)
 
 
 def dense_attention(
@@ -42,7 +45,7 @@ def dense_attention(
     """Full causal attention, softmax(q k / sqrt(H)) v. Returns out_BTNH."""
     T, block = q_BTNH.shape[1], kascade_pallas_tpu.LANES if implementation == "pallas_tpu" else 1
     layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, block, layout, implementation)
-    dense = kascade_pallas_tpu.dense if implementation == "pallas_tpu" else _dense_xla
+    dense = PALLAS[implementation].dense if implementation in PALLAS else _dense_xla
     return dense(q_BTNH, k_BKHS, v_BKSH, layout)[:, :T]
 
 
@@ -62,7 +65,7 @@ def choose_tiles(
     """
     Q = tile_count(q_BTNH.shape[1], selection.query_tile)
     layout, q_BTNH, k_BKHS, _ = _prepare(q_BTNH, k_BKHS, None, selection.block, layout, implementation)
-    choose = kascade_pallas_tpu.choose if implementation == "pallas_tpu" else _choose_xla
+    choose = PALLAS[implementation].choose if implementation in PALLAS else _choose_xla
     return choose(q_BTNH, k_BKHS, selection, layout)[:, :, :Q]
 
 
@@ -96,7 +99,7 @@ def reuse_attention(
         raise ValueError(f"tiles: expected [B, K, Q, C] with B, K, Q = {expected}, got {tiles_BKQC.shape}")
     layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, selection.block, layout, implementation)
     tiles_BKQC = pad_axis(tiles_BKQC, 2, q_BTNH.shape[1] // query_tile)
-    reuse = kascade_pallas_tpu.reuse if implementation == "pallas_tpu" else _reuse_xla
+    reuse = PALLAS[implementation].reuse if implementation in PALLAS else _reuse_xla
     attend = partial(reuse, selection=selection, layout=layout)
     if budgets is None:
         return attend(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC)[:, :T]

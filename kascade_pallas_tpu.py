@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from kascade_core import NO_TILE, Selection, select_tiles
+from kascade_core import NO_TILE, Selection, causal_tiles, select_tiles
 from kascade_layout import Layout, pad_axis, tile_count
 
 LANES = 128  # a key tile is a whole number of a vector register's lanes
@@ -74,12 +74,10 @@ def dense(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layou
 
 def _dense_dealt(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout) -> jax.Array:
     """Reuse of all causal tiles, for a shard's dealt blocks."""
-    B, K, Y = q_BTNH.shape[0], k_BKHS.shape[1], layout.block
-    P = layout.num_blocks
-    blocks_Q = layout.local_blocks()
-    tiles_QC = jnp.where(jnp.arange(P) <= blocks_Q[:, None], jnp.arange(P), NO_TILE)
-    tiles_BKQC = jnp.broadcast_to(tiles_QC, (B, K, *tiles_QC.shape))
-    return _reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, Selection(tile_size=Y, top_k=P), layout)
+    Y = layout.block
+    tiles_QC = causal_tiles(layout, Y)
+    tiles_BKQC = jnp.broadcast_to(tiles_QC, (*k_BKHS.shape[:2], *tiles_QC.shape))
+    return _reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, Selection(tile_size=Y, top_k=layout.num_blocks), layout)
 
 
 def reuse(
