@@ -220,7 +220,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--kernel",
         default="auto",
         choices=["auto", *IMPLEMENTATIONS],
-        help="implementation of attention; auto is pallas_tpu on a TPU where it takes the tile size, otherwise xla",
+        help="implementation of attention; auto is the TPU's or GPU's own where it takes the sizes, otherwise xla",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to FILE")
     parser.add_argument(
@@ -392,13 +392,16 @@ def find_schedule(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark from flags to report. Returns 0; bad input exits with code 2."""
     args = parse_args(argv)
-    if sys.stdout:  # None where it was closed
+    if hasattr(sys.stdout, "reconfigure"):  # not where it was closed, or is a notebook's
         sys.stdout.reconfigure(errors="replace")  # a terminal without these symbols gets question marks, not a crash
     say = (lambda *_: None) if args.quiet else partial(print, flush=True)  # steps take seconds: show each at once
 
     with exit_on_bad_input():
         dtype = pick_dtype(args.dtype, args.device)
-        kernel, why = pick_kernel(args.kernel, args.device, selection_of(args), max([args.seq_len, *args.sweep]))
+        fits = partial(
+            pick_kernel, args.kernel, args.device, selection_of(args), max([args.seq_len, *args.sweep]), dtype
+        )
+        kernel, why = fits()
         say(format_configuration(args, dtype, f"{kernel} ({why})"))
 
         say(f"🖥️  Configuring JAX to use {args.device.upper()}...")
@@ -415,6 +418,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifest, params = load_weights(weights_dir, DTYPES[dtype], mesh)
         config = manifest["config"]
         say(format_model(manifest, params))
+        if (fallback := fits(config.head_dim))[0] != kernel:
+            kernel, why = fallback
+            print(f"warning: attention runs on {kernel} ({why})", file=sys.stderr)
         if args.seq_len > config.max_position_embeddings:
             context = config.max_position_embeddings
             print(f"warning: seq_len {args.seq_len} is beyond the model's context of {context}", file=sys.stderr)

@@ -43,7 +43,7 @@ def dense_attention(
     implementation: str | None = None,
 ) -> jax.Array:
     """Full causal attention, softmax(q k / sqrt(H)) v. Returns out_BTNH."""
-    T, block = q_BTNH.shape[1], kascade_pallas_tpu.LANES if implementation == "pallas_tpu" else 1
+    T, block = q_BTNH.shape[1], PALLAS[implementation].LEAST_TILE if implementation in PALLAS else 1
     layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, block, layout, implementation)
     dense = PALLAS[implementation].dense if implementation in PALLAS else _dense_xla
     return dense(q_BTNH, k_BKHS, v_BKSH, layout)[:, :T]

@@ -4,8 +4,8 @@ Reuse walks the chosen keys of one query tile, as many together as fill the matr
 Scoring walks the causal keys once. A key tile's mass is known only when its row's last key is: until then each row's
 sums of exp(score), one for each key tile, under their block's own maximum, lie in a scratch of fixed size, and one
 fused reduction then rescales and pools them. So query tiles go in chunks, and nothing grows with the square of the
-sequence. Dense is cuDNN's causal attention, and where the work is dealt over several GPUs, whose blocks do not lie in
-order, a reuse of all tiles. Elsewhere than on a GPU the same kernels are interpreted: correct, and slow.
+sequence. Dense is cuDNN's causal attention, and a reuse of all tiles where there is no GPU or the work is dealt over
+several, whose blocks do not lie in order. Elsewhere than on a GPU the kernels are interpreted: correct, and slow.
 
 Letters as in kascade_kernels; R is the rows of a program, W the keys of a step, X heads and batch, A the parts in which
 a query tile with more rows than R is cut, E the query tiles that share a program where they have fewer, I programs.
@@ -31,13 +31,14 @@ from kascade_layout import Layout, pad_axis, tile_count
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
 TILE_SIZES = (16, 32, 64, 128)
+LEAST_TILE = TILE_SIZES[0]  # the sequence is padded to a multiple of it
 ROWS = 128  # of one program at most: two warpgroups' worth of matrix instructions
 LEAST_ROWS = 16  # of a matrix instruction
 SHARED_ROWS = 64  # scoring puts query tiles with fewer rows together, up to so many: they read the same keys
 REUSE_KEYS = 64  # in one step: keys and values of several steps fit into shared memory
 SCORE_KEYS = 128  # in one step: a whole tile of any size
 SCRATCH_BYTES = 2**29  # of scoring, for all programs of a chunk; on an H100 they are then as many as it runs at once
-NEVER = -1e30  # a masked score: finite, since a row's block of keys may be masked throughout
+LEAST = -1e30  # of a row's largest score: finite, since all of its block's may be masked
 LOG2_E = math.log2(math.e)
 
 
@@ -57,16 +58,10 @@ def check_sizes(tile_size: int, head_dim: int | None, dtype: Any) -> None:
 
 def dense(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout) -> jax.Array:
     """As `kascade_kernels.dense_attention`, on padded inputs."""
-    check_sizes(TILE_SIZES[0], q_BTNH.shape[-1], q_BTNH.dtype)
-    if layout.num_shards > 1:
-        return _dense_dealt(q_BTNH, k_BKHS, v_BKSH, layout)
-    where = "cudnn" if jax.default_backend() == "gpu" else "xla"  # tracing cuDNN's fails where there is none
-    k_BSKH, v_BSKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation=where)
-
-
-def _dense_dealt(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout) -> jax.Array:
-    """Reuse of all causal tiles, for a shard's dealt blocks."""
+    check_sizes(LEAST_TILE, q_BTNH.shape[-1], q_BTNH.dtype)
+    if layout.num_shards == 1 and jax.default_backend() == "gpu":  # cuDNN's is not even traced where there is none
+        k_BSKH, v_BSKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
     M = math.gcd(layout.block, TILE_SIZES[-1])
     tiles_QC = causal_tiles(layout, M)
     tiles_BKQC = jnp.broadcast_to(tiles_QC, (*k_BKHS.shape[:2], *tiles_QC.shape))
@@ -148,7 +143,7 @@ def _reuse_kernel(first_ref, used_ref, tiles_ref, q_ref, k_ref, v_ref, out_ref, 
         key = jnp.where(chosen, tile, 0) * M + lax.rem(place, M)
         scores = plgpu.dot(q_RH, k_ref[x * sizes.S + key, :], trans_b=True)
         if masked:
-            scores = jnp.where(chosen & (key <= position_R1), scores, NEVER)
+            scores = jnp.where(chosen & (key <= position_R1), scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1) * scale)
         weights = jnp.exp2(scores * scale - new_top[:, None])
         shrink = jnp.exp2(top - new_top)
@@ -158,7 +153,7 @@ def _reuse_kernel(first_ref, used_ref, tiles_ref, q_ref, k_ref, v_ref, out_ref, 
     used = used_ref[query_tile]
     own = max(sizes.Y // M, 1)  # the last of the tiles; the others are in the past of all rows
     clear = jnp.maximum((used - own) * M // W, 0)
-    carry = (jnp.full(R, NEVER), jnp.zeros(R), jnp.zeros(q_RH.shape))
+    carry = (jnp.full(R, LEAST), jnp.zeros(R), jnp.zeros(q_RH.shape))
     carry = lax.fori_loop(0, clear, partial(step, masked=False), carry)
     _, total, out = lax.fori_loop(clear, pl.cdiv(used * M, W), partial(step, masked=True), carry)
     out_ref[at, :] = (out / total[:, None]).astype(out_ref.dtype)
@@ -281,8 +276,8 @@ def _score_kernel(
         key = j * W + jnp.arange(W)
         scores = plgpu.dot(q_RH, k_ref[x * sizes.S + key, :], trans_b=True)
         if masked:
-            scores = jnp.where(key <= position[:, None], scores, NEVER)
-        block_top = scores.max(-1) * scale
+            scores = jnp.where(key <= position[:, None], scores, -jnp.inf)
+        block_top = jnp.maximum(scores.max(-1) * scale, LEAST)
         weights = jnp.exp2(scores * scale - block_top[:, None])
         mass = weights.reshape(R, W // M, M).sum(-1) if M < W else weights.sum(-1, keepdims=True)
         mass_ref[pl.ds(j * (W // M), W // M), :] = mass.T
@@ -291,10 +286,10 @@ def _score_kernel(
         return new_top, total * jnp.exp2(top - new_top) + mass.sum(-1) * jnp.exp2(block_top - new_top)
 
     clear, end = (first_ref[group * sizes.A + part] + 1) // W, pl.cdiv(last_ref[group * sizes.A + part] + 1, W)
-    carry = (jnp.full(R, NEVER), jnp.zeros(R))
+    carry = (jnp.full(R, LEAST), jnp.zeros(R))
     carry = lax.fori_loop(0, jnp.minimum(clear, end), partial(step, masked=False), carry)
     top, total = lax.fori_loop(jnp.minimum(clear, end), end, partial(step, masked=True), carry)
-    total_ref[0, :] = jnp.where(position >= 0, top + jnp.log2(total), -NEVER)
+    total_ref[0, :] = jnp.where(position >= 0, top + jnp.log2(total), -LEAST)
 
 
 def _pool(mass_IAPR: jax.Array, tops_IAJR: jax.Array, total_IA1R: jax.Array, steps_IA: jax.Array, E: int) -> jax.Array:

@@ -25,7 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from kascade_core import NO_TILE, Selection, causal_tiles, select_tiles
 from kascade_layout import Layout, pad_axis, tile_count
 
-LANES = 128  # a key tile is a whole number of a vector register's lanes
+LANES = LEAST_TILE = 128  # a key tile is a whole number of a vector register's lanes
 TILES_AT_ONCE = 8  # key tiles in one step of scoring
 SPLASH_BLOCKS = (1024, 512, 256, 128)  # the largest that divides the sequence
 NEVER = -1e30  # a masked score: finite, since a row's first block of keys may be masked throughout

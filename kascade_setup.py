@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import psutil
 from transformers import AutoTokenizer
 
+import kascade_pallas_gpu
+import kascade_pallas_tpu
 from kascade_core import InputError, Selection
-from kascade_pallas_tpu import check_sizes
 
 DEFAULT_WEIGHTS = Path("llama_weights_chunked")
 DEFAULT_TEXT = Path(__file__).with_name("wikipedia_sample.txt")
@@ -102,23 +103,32 @@ def pick_dtype(name: str, device: str) -> str:
     return "bfloat16" if device != "cpu" or has_amx else "float32"
 
 
-def pick_kernel(name: str, device: str, selection: Selection, length: int) -> tuple[str, str]:
-    """The implementation of attention, and why: "auto" is the TPU's own kernels where they take the sizes.
+def pick_kernel(
+    name: str, device: str, selection: Selection, length: int, dtype: str, head_dim: int | None = None
+) -> tuple[str, str]:
+    """The implementation of attention, and why: "auto" is the device's own kernels where they take the sizes.
+
+    The GPU's own fall back to XLA also where they were asked for by name. `head_dim` None is not yet known.
 
     Raises:
-      NotImplementedError: kernels that were asked for by name do not take these sizes; it names some that would do.
+      NotImplementedError: the TPU's kernels were asked for by name and do not take the sizes; it names some that would
+        do.
     """
-    if name == "pallas_tpu":
-        check_sizes(selection, length)
-        interpreted = f", and interpreted: correct on a {device.upper()}, and slow"
-        return name, "as asked" if device == "tpu" else "as asked" + interpreted
-    if name != "auto" or device != "tpu":
-        return "xla", "as asked" if name != "auto" else f"the one for a {device.upper()}"
+    own = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+    kernel = own.get(device, "xla") if name == "auto" else name
     try:
-        check_sizes(selection, length)
+        if kernel == "pallas_tpu":
+            kascade_pallas_tpu.check_sizes(selection, length)
+        if kernel == "pallas_gpu":
+            kascade_pallas_gpu.check_sizes(selection.tile_size, head_dim, dtype)
     except NotImplementedError as error:
-        return "xla", f"{error}; they would be faster"
-    return "pallas_tpu", "the one for a TPU"
+        if name == "pallas_tpu":
+            raise
+        return "xla", f"{error}; they would be faster" if name == "auto" else str(error)
+    if name == "auto":
+        return kernel, f"the one for a {device.upper()}"
+    interpreted = kernel not in ("xla", own.get(device))
+    return kernel, f"as asked, and interpreted: correct on a {device.upper()}, and slow" if interpreted else "as asked"
 
 
 def peak_memory(device: jax.Device) -> int | None:

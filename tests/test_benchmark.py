@@ -6,11 +6,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import repeating_text, write_hf_folder
+from synthetic import HF_CONFIGS, hf_weights, repeating_text, write_hf_folder
 
 import benchmark_kascade_final as benchmark
 from convert_weights import convert
@@ -258,30 +259,82 @@ def test_auto_dtype_follows_the_device():
     assert benchmark.pick_dtype("float16", "gpu") == "float16"
 
 
-def test_auto_kernel_is_the_tpus_own_where_it_takes_the_tiles():
+def test_auto_kernel_is_the_devices_own_where_it_takes_the_sizes():
     small, large = Selection(tile_size=16), Selection(tile_size=128)
-    assert benchmark.pick_kernel("auto", "tpu", large, 8192)[0] == "pallas_tpu"
-    assert benchmark.pick_kernel("auto", "cpu", large, 8192)[0] == "xla"
-    assert benchmark.pick_kernel("xla", "tpu", large, 8192)[0] == "xla"
-    kernel, why = benchmark.pick_kernel("auto", "tpu", small, 8192)
+    pick = partial(benchmark.pick_kernel, length=8192, dtype="bfloat16")
+    assert pick("auto", "tpu", large) == ("pallas_tpu", "the one for a TPU")
+    assert pick("auto", "gpu", small) == ("pallas_gpu", "the one for a GPU")
+    assert pick("auto", "cpu", large) == ("xla", "the one for a CPU")
+    assert pick("xla", "tpu", large) == ("xla", "as asked")
+    kernel, why = pick("auto", "tpu", small)
     assert kernel == "xla"
     assert "a tile_size of 128 or another multiple of 128, got 16; they would be faster" in why
+
+
+@pytest.mark.parametrize("name", ["auto", "pallas_gpu"])
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        ({"selection": Selection(tile_size=48)}, "take a tile_size of 16, 32, 64 or 128, got 48"),
+        ({"dtype": "float32"}, "take bfloat16 or float16, got float32"),
+        ({"head_dim": 80}, "take heads of width 64 or 128, got 80"),
+    ],
+)
+def test_what_the_gpus_kernels_do_not_take_runs_on_xla(name, sizes, why):
+    given = {"selection": Selection(), "length": 512, "dtype": "bfloat16"} | sizes
+    kernel, reason = benchmark.pick_kernel(name, "gpu", **given)
+    assert kernel == "xla"
+    assert why in reason
+
+
+def run_with_kernel(kernel, report, weights, text, *flags):
+    flags = ["--kernel", kernel, *flags, "--n_runs", "1", "--weights_dir", str(weights), "--text", str(text)]
+    assert benchmark.main([*flags, "--json", str(report)]) == 0
+    return json.loads(report.read_text())
+
+
+def check_kernels_agree(own, xla, tolerance):
+    assert own["density"] == xla["density"] < 1
+    for kind in ("dense", "sparse"):
+        assert own[kind]["perplexity"] == pytest.approx(xla[kind]["perplexity"], rel=tolerance)
 
 
 def test_the_tpus_kernels_run_interpreted_where_they_are_asked_for(capsys, weights, tmp_path):
     text, report = tmp_path / "long.txt", tmp_path / "out.json"
     text.write_text(repeating_text(620, 33))
-    flags = ["--kernel", "pallas_tpu", "--tile_size", "128", "--top_k", "2", "--seq_len", "300", "--n_runs", "1"]
-    flags += ["--query_tile", "64", "--weights_dir", str(weights), "--text", str(text), "--json", str(report)]
-    assert benchmark.main(flags) == 0
+    flags = ["--tile_size", "128", "--top_k", "2", "--seq_len", "300", "--query_tile", "64"]
+    tpu, xla = (run_with_kernel(kernel, report, weights, text, *flags) for kernel in ("pallas_tpu", "xla"))
     assert "pallas_tpu (as asked, and interpreted: correct on a CPU, and slow)" in capsys.readouterr().out
-    tpu = json.loads(report.read_text())
-    flags[1] = "xla"
-    assert benchmark.main(flags) == 0
-    xla = json.loads(report.read_text())
-    assert tpu["density"] == xla["density"] < 1
-    for kind in ("dense", "sparse"):
-        assert tpu[kind]["perplexity"] == pytest.approx(xla[kind]["perplexity"], rel=1e-5)
+    check_kernels_agree(tpu, xla, 1e-5)
+
+
+def test_the_gpus_kernels_run_interpreted_where_they_are_asked_for(capsys, tmp_path, monkeypatch):
+    wide = {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    monkeypatch.setitem(HF_CONFIGS, "wide", HF_CONFIGS[NAME] | wide)
+    calm = {
+        name: x / (10 if "o_proj" in name or "down_proj" in name else 1)
+        for name, x in hf_weights(HF_CONFIGS["wide"]).items()
+    }
+    monkeypatch.setattr("synthetic.hf_weights", lambda _: calm)  # wide heads would drown what a tied model expects
+    weights, text, report = tmp_path / "weights", tmp_path / "long.txt", tmp_path / "out.json"
+    convert(write_hf_folder(tmp_path / "hf", "wide"), weights)
+    text.write_text(repeating_text(420, 33))
+    flags = ["--dtype", "bfloat16", "--top_k", "4", "--seq_len", "200", "--threshold", "0.2"]
+    gpu, xla = (run_with_kernel(kernel, report, weights, text, *flags) for kernel in ("pallas_gpu", "xla"))
+    assert "pallas_gpu (as asked, and interpreted: correct on a CPU, and slow)" in capsys.readouterr().out
+    assert gpu["config"]["kernel"] == "pallas_gpu"
+    assert "REUSE" in [layer["mode"] for layer in gpu["schedule"]]
+    check_kernels_agree(gpu, xla, 1e-2)
+
+
+def test_heads_that_the_gpus_kernels_do_not_take_run_on_xla_and_the_run_says_so(capsys, weights, text, tmp_path):
+    flags = ["--dtype", "bfloat16", "--tile_size", "16", "--top_k", "1", "--sink_tiles", "0", "--seq_len", "33"]
+    report = run_with_kernel("pallas_gpu", tmp_path / "out.json", weights, text, *flags)
+    assert (
+        "warning: attention runs on xla (the GPU kernels take heads of width 64 or 128, got 8)"
+        in capsys.readouterr().err
+    )
+    assert report["config"]["kernel"] == "xla"
 
 
 # --- Other schedules ---

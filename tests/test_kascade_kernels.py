@@ -5,6 +5,8 @@ same naive computation in the kernel's own dtype.
 """
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import pytest
 
 import kascade_kernels as kernels
 import kascade_layout
+import kascade_pallas_gpu
 from kascade_core import EXACT, FAST, NO_TILE, Selection
 from kascade_layout import Layout, tile_count
 from kascade_pallas_tpu import check_sizes
@@ -31,14 +34,34 @@ TPU_SHAPES = [  # key tiles of 128: several blocks, a rest, less than one tile
     (1, 520, 3, 3, 16, 128, 3, 128),
     (2, 100, 6, 2, 10, 128, 1, 256),
 ]
-CASES = [(shape, "xla") for shape in SHAPES] + [(shape, "pallas_tpu") for shape in TPU_SHAPES]
+GPU_SHAPES = [  # every size of tile: groups that are no power of two, several tiles in a step, rows in several parts
+    (1, 300, 4, 2, 64, 16, 4, 256),
+    (2, 100, 3, 1, 64, 32, 2, 256),
+    (1, 330, 4, 1, 128, 64, 3, 256),
+    (1, 520, 2, 2, 64, 128, 2, 256),
+]
+IMPLEMENTED = {"xla": SHAPES, "pallas_tpu": TPU_SHAPES, "pallas_gpu": GPU_SHAPES}
+CASES = [(shape, implementation) for implementation, shapes in IMPLEMENTED.items() for shape in shapes]
 QUERY_TILES = [  # of the tile's size, larger, and smaller
     *((*case, case[0][5]) for case in CASES),
     *((shape, "xla", 2 * shape[5]) for shape in SHAPES),
     *((shape, "xla", shape[5] // 2) for shape in SHAPES if shape[5] % 2 == 0),
     *((shape, "pallas_tpu", 32) for shape in TPU_SHAPES),
+    *((shape, "pallas_gpu", 2 * shape[5]) for shape in GPU_SHAPES[1:3]),
+    *((shape, "pallas_gpu", shape[5] // 2) for shape in GPU_SHAPES[::3]),
 ]
-DTYPES = [jnp.float32, jnp.bfloat16]
+DTYPES = {"xla": [jnp.float32, jnp.bfloat16], "pallas_gpu": [jnp.bfloat16, jnp.float16]}
+DTYPES["pallas_tpu"] = DTYPES["xla"]
+
+
+def with_dtypes(cases):
+    """Each case with each dtype that its implementation takes."""
+    return [(*case, dtype) for case in cases for dtype in DTYPES[case[1]]]
+
+
+def finest(implementation):
+    """The dtype in which it is most exact."""
+    return DTYPES[implementation][-1 if implementation == "pallas_gpu" else 0]
 
 
 @pytest.fixture(autouse=True)
@@ -136,22 +159,20 @@ def check_error(got, inputs, visible):
         return np.sqrt(np.mean((np.asarray(x, np.float64) - exact) ** 2))
 
     assert got.dtype == dtype
-    if dtype == jnp.bfloat16:  # probabilities are rounded to bfloat16 before they meet the values
+    if dtype != jnp.float32:  # probabilities are rounded to it before they meet the values
         rounded = np.asarray(naive_probabilities(*inputs[:2], visible, np.float32), dtype).astype(np.float32)
         values = np.asarray(inputs[2], np.float32)
         naive = np.einsum("BKGTS,BKSH->BTKGH", rounded, values).reshape(exact.shape).astype(dtype)
     assert error(got) <= 2 * error(naive) + np.finfo(np.float32).eps
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "implementation"), CASES)
+@pytest.mark.parametrize(("shape", "implementation", "dtype"), with_dtypes(CASES))
 def test_dense_equals_naive(shape, dtype, implementation):
     qkv = inputs(shape, dtype)
     check_error(dense_attention(*qkv, implementation=implementation), qkv, causal(shape[1]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "implementation", "query_tile"), QUERY_TILES)
+@pytest.mark.parametrize(("shape", "implementation", "query_tile", "dtype"), with_dtypes(QUERY_TILES))
 def test_reuse_equals_naive_over_the_chosen_tiles(shape, dtype, implementation, query_tile):
     qkv, tiles = inputs(shape, dtype), random_tiles(shape, query_tile)
     sizes = {"tile_size": shape[5], "query_tile": query_tile, "top_k": tiles.shape[-1] + 1}
@@ -165,7 +186,7 @@ def test_reuse_equals_naive_over_the_chosen_tiles(shape, dtype, implementation, 
 def test_chosen_tiles_are_those_of_a_naive_pooling(shape, sink_tiles, query_tile, scoring, implementation):
     B, T, N, K, _, tile_size, top_k = shape[:7]
     top_k = max(top_k, query_tile // tile_size)
-    q, k, _ = inputs(shape, jnp.float32)
+    q, k, _ = inputs(shape, finest(implementation))
     Q, P = tile_count(T, query_tile), tile_count(T, tile_size)
     sizes = {"tile_size": tile_size, "query_tile": query_tile, "top_k": top_k, "sink_tiles": sink_tiles}
     got = np.asarray(choose_tiles(q, k, scoring=scoring, implementation=implementation, **sizes))
@@ -184,8 +205,7 @@ def test_chosen_tiles_are_those_of_a_naive_pooling(shape, sink_tiles, query_tile
         assert got[b, h, t].tolist() == expected + [NO_TILE] * (got.shape[-1] - len(expected))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "implementation"), CASES)
+@pytest.mark.parametrize(("shape", "implementation", "dtype"), with_dtypes(CASES))
 def test_an_anchor_attends_to_what_it_chose(shape, dtype, implementation):
     qkv = inputs(shape, dtype)
     sizes = {"tile_size": shape[5], "top_k": shape[6], "implementation": implementation}
@@ -196,17 +216,21 @@ def test_an_anchor_attends_to_what_it_chose(shape, dtype, implementation):
 
 @pytest.mark.parametrize(("shape", "implementation"), CASES)
 def test_all_tiles_chosen_equals_dense(shape, implementation):
-    qkv = inputs(shape, jnp.float32)
+    qkv = inputs(shape, finest(implementation))
     out, _ = anchor_attention(*qkv, tile_size=shape[5], top_k=10_000, implementation=implementation)
     check_error(out, qkv, causal(shape[1]))
 
 
-ONE_SHAPE = [((1, 61, 6, 2, 10, 4, 3, 32), "xla"), ((1, 16 * 128 - 3, 2, 1, 8, 128, 3, 256), "pallas_tpu")]
+ONE_SHAPE = [  # sixteen tiles, the last without its last three rows
+    ((1, 61, 6, 2, 10, 4, 3, 32), "xla"),
+    ((1, 16 * 128 - 3, 2, 1, 8, 128, 3, 256), "pallas_tpu"),
+    ((1, 16 * 16 - 3, 2, 1, 64, 16, 3, 256), "pallas_gpu"),
+]
 
 
 @pytest.mark.parametrize(("shape", "implementation"), ONE_SHAPE)
 def test_reuse_touches_no_other_tile(shape, implementation):
-    (_, T, _, _, _, M, _), (q, k, v) = shape[:7], inputs(shape, jnp.float32)
+    (_, T, _, _, _, M, _), (q, k, v) = shape[:7], inputs(shape, finest(implementation))
     tiles = random_tiles(shape, M)
     tiles[tiles == 2] = NO_TILE  # nobody sees tile 2, which holds nothing but NaN
     tiles = np.sort(tiles, axis=-1)
@@ -231,7 +255,7 @@ def test_the_future_changes_no_earlier_bit(kind, shape, implementation):
             return reuse_attention(q, k, v, tiles, tile_size=M, implementation=implementation)
         return anchor_attention(q, k, v, tile_size=M, top_k=top_k, implementation=implementation)[0]
 
-    q, k, v = inputs(shape, jnp.float32)
+    q, k, v = inputs(shape, finest(implementation))
     cut = T // 2
     first_changed = cut if kind != "anchor" else cut // M * M
     before = np.asarray(attend(q, k, v))
@@ -240,19 +264,19 @@ def test_the_future_changes_no_earlier_bit(kind, shape, implementation):
     v[:, :, cut:] += 7
     same = before == np.asarray(attend(q, k, v))
     assert same[:, :first_changed].all()
-    assert not same[:, cut:].any(axis=(0, 2, 3)).any()
+    assert not same[:, cut:].all(axis=(0, 2, 3)).any()
 
 
 @pytest.mark.parametrize(("shape", "implementation"), ONE_SHAPE)
 def test_rows_of_padding_choose_nothing(shape, implementation):
     """A last tile with three rows of padding, whatever those hold, chooses what its real rows choose."""
-    q, k, _ = inputs(shape, np.float32)
+    q, k, _ = inputs(shape, finest(implementation))
     (B, T, N, K, H, M, top_k), layout = shape[:7], Layout.of(shape[1], shape[5])
     sizes = {"tile_size": M, "top_k": top_k, "implementation": implementation}
     expected = choose_tiles(q, k, **sizes)
     rng = np.random.default_rng(3)
-    q = np.concatenate([q, 9 * rng.standard_normal((B, layout.padded - T, N, H), np.float32)], axis=1)
-    k = np.concatenate([k, 9 * rng.standard_normal((B, K, H, layout.padded - T), np.float32)], axis=3)
+    q = np.concatenate([q, 9 * rng.standard_normal((B, layout.padded - T, N, H)).astype(q.dtype)], axis=1)
+    k = np.concatenate([k, 9 * rng.standard_normal((B, K, H, layout.padded - T)).astype(k.dtype)], axis=3)
     np.testing.assert_array_equal(choose_tiles(q, k, layout=layout, **sizes)[:, :, :16], expected)
 
 
@@ -285,6 +309,50 @@ def test_tiles_beyond_the_tpus_scalar_memory_are_refused_with_what_would_do():
     with pytest.raises(NotImplementedError):
         check_sizes(dataclasses.replace(selection, top_k=fits + 1), 131072)
     check_sizes(dataclasses.replace(selection, query_tile=128), 131072)  # as the message says
+
+
+@pytest.mark.parametrize("scoring", [EXACT, FAST])
+def test_the_gpu_scores_in_chunks_of_its_scratch(scoring, monkeypatch):
+    """The last chunk is not full."""
+    q, k, _ = inputs((2, 300, 3, 3, 64, 16, 4), jnp.float16)
+    sizes = {"tile_size": 16, "top_k": 4, "scoring": scoring, "implementation": "pallas_gpu"}
+    whole = choose_tiles(q, k, **sizes)
+    monkeypatch.setattr(kascade_pallas_gpu, "SCRATCH_BYTES", 100_000)
+    np.testing.assert_array_equal(choose_tiles(q, k, **sizes), whole)
+
+
+@pytest.mark.parametrize("scoring", [EXACT, FAST])
+@pytest.mark.parametrize("tile_size", kascade_pallas_gpu.TILE_SIZES)
+@pytest.mark.parametrize(("heads", "head_dim"), [((9, 3), 64), ((32, 8), 128)])
+def test_the_gpus_programs_are_made_without_one(heads, head_dim, tile_size, scoring):
+    """As far as Triton's own language, with no array of T x T even at 128k tokens; no GPU runs it here."""
+    (N, K), T, C = heads, 131072, 12
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    args = array(1, T, N, head_dim), array(1, K, head_dim, T), array(1, K, T, head_dim)
+    selection = Selection(tile_size=tile_size, top_k=C, scoring=scoring)
+
+    def anchor(*args):
+        return kernels.anchor_attention(*args, selection=selection, implementation="pallas_gpu")
+
+    program = jax.jit(anchor).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert {*re.findall(r'name = "(kascade_\w+)"', program)} == {"kascade_score", "kascade_reuse"}
+    shapes = [[int(n) for n in shape.split("x")] for shape in re.findall(r"tensor<(\d+(?:x\d+)*)x[a-z]", program)]
+    scratch = kascade_pallas_gpu.SCRATCH_BYTES // 4
+    assert max(math.prod(shape) for shape in shapes) <= max(scratch, T * N * head_dim) < T * T
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "match"),
+    [
+        ((1, 40, 2, 1, 64, 8), jnp.float16, "take a tile_size of 16, 32, 64 or 128, got 8"),
+        ((1, 40, 2, 1, 32, 16), jnp.float16, "take heads of width 64 or 128, got 32"),
+        ((1, 40, 2, 1, 64, 16), jnp.float32, "take bfloat16 or float16, got float32"),
+    ],
+)
+def test_the_gpu_kernels_name_what_they_take(shape, dtype, match):
+    qkv = inputs(shape, dtype)
+    with pytest.raises(NotImplementedError, match=match):
+        anchor_attention(*qkv, tile_size=shape[5], implementation="pallas_gpu")
 
 
 def test_bad_arguments_say_what_was_expected():
