@@ -17,7 +17,6 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 import convert_weights
 from kascade_core import (
@@ -45,6 +43,7 @@ from kascade_core import (
     perplexity_of,
     publish_tiles,
     similarity_matrix,
+    time_interleaved,
 )
 from kascade_kernels import IMPLEMENTATIONS, compile_attention
 from kascade_layers import LayerRunner
@@ -314,18 +313,6 @@ def run_model(model: LlamaModel, params: Any, ids: jax.Array, mesh: jax.sharding
     nll, sown = compiled(params, ids)
     publish_tiles(sown)
     return Run(perplexity_of(nll[:, :-1]), compile_s, lambda: compiled(params, ids))
-
-
-def time_interleaved(forwards: Mapping[str, Callable[[], Any]], n_runs: int) -> dict[str, list[float]]:
-    """Milliseconds of `n_runs` runs of each, in turn, each waited for, after one warm-up that is not counted."""
-    samples: dict[str, list[float]] = {name: [] for name in forwards}
-    for i in tqdm(range(n_runs + 1), desc="timing", unit="round", disable=None, leave=False):
-        for name, forward in forwards.items():
-            start = time.perf_counter()
-            jax.block_until_ready(forward())
-            if i:
-                samples[name].append((time.perf_counter() - start) * 1e3)
-    return samples
 
 
 def measure_length(

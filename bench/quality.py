@@ -222,6 +222,8 @@ SETTINGS = [
     Setting("search, layer budgets", searched(search.PER_LAYER), oracle="oracle, layer budgets"),
     Setting("search, head budgets", searched(search.PER_HEAD)),
     Setting("search, tile 8, layer budgets", searched(search.PER_LAYER), 8, oracle="oracle, tile 8, layer budgets"),
+    Setting("search, tile 8, head budgets", searched(search.PER_HEAD), 8, oracle="oracle, tile 8, layer budgets"),
+    Setting("search, tile 8, query tile 8, layer budgets", searched(search.PER_LAYER), 8, 8),
     Setting("peer: no head map", searched(search.UNIFORM, identity=True), oracle="oracle, uniform"),
     Setting("peer: one index set for all heads", searched(search.UNIFORM, shared=True), oracle="oracle, uniform"),
     Setting("peer: sliding window and sink", searched(search.UNIFORM, window=True)),
