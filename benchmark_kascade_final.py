@@ -43,9 +43,8 @@ from kascade_core import (
     perplexity_of,
     publish_tiles,
     similarity_matrix,
-    time_interleaved,
 )
-from kascade_kernels import IMPLEMENTATIONS, compile_attention
+from kascade_kernels import IMPLEMENTATIONS, compile_attention, time_interleaved
 from kascade_layers import LayerRunner
 from kascade_layout import make_mesh, tile_count
 from kascade_report import (
@@ -405,8 +404,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifest, params = load_weights(weights_dir, DTYPES[dtype], mesh)
         config = manifest["config"]
         say(format_model(manifest, params))
-        if (fallback := fits(config.head_dim))[0] != kernel:
-            kernel, why = fallback
+        planned = kernel
+        kernel, why = fits(config.head_dim, getattr(devices[0], "compute_capability", None))
+        if kernel != planned or args.kernel not in ("auto", kernel):
             print(f"warning: attention runs on {kernel} ({why})", file=sys.stderr)
         if args.seq_len > config.max_position_embeddings:
             context = config.max_position_embeddings

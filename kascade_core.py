@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from tqdm import tqdm
 
 from kascade_layout import AXIS, Layout, tile_count
 
@@ -422,18 +421,6 @@ def compile_ahead(function: Callable[..., Any], args: Sequence[Any], mesh: Mesh 
     """Compiles `function` for arguments of these shapes: the one place that jits."""
     on_cpu = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform == "cpu"
     return jax.jit(function).lower(*args).compile(compiler_options=CPU_OPTIONS if on_cpu else None)
-
-
-def time_interleaved(forwards: Mapping[str, Callable[[], Any]], n_runs: int) -> dict[str, list[float]]:
-    """Milliseconds of `n_runs` runs of each, in turn, each waited for, after one warm-up that is not counted."""
-    samples: dict[str, list[float]] = {name: [] for name in forwards}
-    for i in tqdm(range(n_runs + 1), desc="timing", unit="round", disable=None, leave=False):
-        for name, forward in forwards.items():
-            start = time.perf_counter()
-            jax.block_until_ready(forward())
-            if i:
-                samples[name].append((time.perf_counter() - start) * 1e3)
-    return samples
 
 
 def compile_forward(

@@ -15,7 +15,8 @@ are this shard's dealt blocks, keys and values the whole padded sequence (see `g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 import kascade_pallas_gpu
 import kascade_pallas_tpu
@@ -186,6 +188,18 @@ def compile_attention(
         "anchor": ready(partial(anchor_attention, **where), qkv, specs, (rows, tiles)),
         "reuse": ready(partial(reuse_attention, **where), (*qkv, selecting()), (*specs, tiles), rows),
     }
+
+
+def time_interleaved(forwards: Mapping[str, Callable[[], Any]], n_runs: int) -> dict[str, list[float]]:
+    """Milliseconds of `n_runs` runs of each, in turn, each waited for, after one warm-up that is not counted."""
+    samples: dict[str, list[float]] = {name: [] for name in forwards}
+    for i in tqdm(range(n_runs + 1), desc="timing", unit="round", disable=None, leave=False):
+        for name, forward in forwards.items():
+            start = time.perf_counter()
+            jax.block_until_ready(forward())
+            if i:
+                samples[name].append((time.perf_counter() - start) * 1e3)
+    return samples
 
 
 def matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

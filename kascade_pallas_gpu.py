@@ -3,12 +3,13 @@
 Reuse walks the chosen keys of one query tile, as many together as fill the matrix units, whatever the tile's size.
 Scoring walks the causal keys once. A key tile's mass is known only when its row's last key is: until then each row's
 sums of exp(score), one for each key tile, under their block's own maximum, lie in a scratch of fixed size, and one
-fused reduction then rescales and pools them. So query tiles go in chunks, and nothing grows with the square of the
-sequence. Dense is cuDNN's causal attention, and a reuse of all tiles where there is no GPU or the work is dealt over
+fused reduction then rescales and pools them. So query tiles go in chunks, and no scores for all of them are ever kept.
+Dense is cuDNN's causal attention, and a reuse of all tiles where there is no GPU or the work is dealt over
 several, whose blocks do not lie in order. Elsewhere than on a GPU the kernels are interpreted: correct, and slow.
 
 Letters as in kascade_kernels; R is the rows of a program, W the keys of a step, X heads and batch, A the parts in which
-a query tile with more rows than R is cut, E the query tiles that share a program where they have fewer, I programs.
+a query tile with more rows than R is cut, E the query tiles of a group, which share a program where they have fewer, I
+groups.
 """
 
 from __future__ import annotations
@@ -32,18 +33,22 @@ HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
 TILE_SIZES = (16, 32, 64, 128)
 LEAST_TILE = TILE_SIZES[0]  # the sequence is padded to a multiple of it
+LEAST_CAPABILITY = 8.0  # cuDNN's fused attention needs it, and so do matrix instructions for bfloat16
 ROWS = 128  # of one program at most: two warpgroups' worth of matrix instructions
 LEAST_ROWS = 16  # of a matrix instruction
 SHARED_ROWS = 64  # scoring puts query tiles with fewer rows together, up to so many: they read the same keys
 REUSE_KEYS = 64  # in one step: keys and values of several steps fit into shared memory
 SCORE_KEYS = 128  # in one step: a whole tile of any size
-SCRATCH_BYTES = 2**29  # of scoring, for all programs of a chunk; on an H100 they are then as many as it runs at once
+SCRATCH_BYTES = 2**29  # of scoring, for all programs of a chunk: at 128k tokens some hundreds, as an H100 runs
 LEAST = -1e30  # of a row's largest score: finite, since all of its block's may be masked
 LOG2_E = math.log2(math.e)
 
 
-def check_sizes(tile_size: int, head_dim: int | None, dtype: Any) -> None:
-    """Raises NotImplementedError, naming what would do, for what these kernels do not take; head_dim None: unknown."""
+def check_sizes(tile_size: int, head_dim: int | None, dtype: Any, capability: str | None = None) -> None:
+    """Raises NotImplementedError, naming what would do, for what these kernels do not take; None is not known.
+
+    `capability` is the GPU's compute capability, like "9.0".
+    """
     name = jnp.dtype(dtype).name
     if tile_size not in TILE_SIZES:
         raise NotImplementedError(f"the GPU kernels take a tile_size of 16, 32, 64 or 128, got {tile_size}")
@@ -51,6 +56,10 @@ def check_sizes(tile_size: int, head_dim: int | None, dtype: Any) -> None:
         raise NotImplementedError(f"the GPU kernels take heads of width 64 or 128, got {head_dim}")
     if name not in DTYPES:
         raise NotImplementedError(f"the GPU kernels take bfloat16 or float16, got {name}")
+    if capability is not None and float(capability) < LEAST_CAPABILITY:
+        raise NotImplementedError(
+            f"the GPU kernels need compute capability {LEAST_CAPABILITY}, this GPU has {capability}"
+        )
 
 
 # --- Dense ---
@@ -73,7 +82,7 @@ def dense(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layou
 
 @dataclasses.dataclass(frozen=True)
 class _Reuse:
-    """Sizes of a reuse, of which a program does R of the rows of one query tile and KV head."""
+    """Sizes of a reuse, whose programs do R rows each of one query tile and KV head."""
 
     T: int
     S: int
@@ -102,7 +111,7 @@ def reuse(
     in_step = max(REUSE_KEYS // M, 1)
     slots = tile_count(tiles_BKQC.shape[-1], in_step) * in_step
     tiles_BKQC = jnp.where(jnp.arange(slots) < used_BKQ[..., None], pad_axis(tiles_BKQC, 3, slots), NO_TILE)
-    rows = pl.next_power_of_2(max(Y * N // K, LEAST_ROWS))
+    rows = _pad_rows(Y * N // K)
     sizes = _Reuse(T, S, N, K, T // Y, slots, M, Y, min(rows, ROWS))
     k_XSH, v_XSH = (x.reshape(B * K * S, H) for x in (k_BKHS.swapaxes(2, 3), v_BKSH))  # a key is one piece
 
@@ -164,7 +173,7 @@ def _reuse_kernel(first_ref, used_ref, tiles_ref, q_ref, k_ref, v_ref, out_ref, 
 
 @dataclasses.dataclass(frozen=True)
 class _Score:
-    """Sizes of a scoring, of which a program does R rows: of E query tiles, or one of A parts of one."""
+    """Sizes of a scoring, whose programs do R rows each: of a group of E query tiles, or one of A parts of one."""
 
     T: int
     S: int
@@ -172,7 +181,6 @@ class _Score:
     K: int
     X: int
     groups: int
-    rows: int
     R: int
     A: int
     E: int
@@ -196,23 +204,23 @@ def choose(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: L
     (B, T, N, H), K = q_BTNH.shape, k_BKHS.shape[1]
     S, Q = tile_count(k_BKHS.shape[3], SCORE_KEYS) * SCORE_KEYS, T // selection.query_tile
     token_QR, position_QR = _scored_rows(selection, layout, N // K)
-    rows = pl.next_power_of_2(max(token_QR.shape[1], LEAST_ROWS))
+    rows = _pad_rows(token_QR.shape[1])
     E = max(SHARED_ROWS // rows, 1)
     R, groups = min(E * rows, ROWS), tile_count(Q, E)
-    sizes = _Score(T, S, N, K, B * K, groups, rows, R, E * rows // R, E, selection.tile_size)
+    sizes = _Score(T, S, N, K, B * K, groups, R, E * rows // R, E, selection.tile_size)
     spread = [(0, groups * E - Q), (0, rows - token_QR.shape[1])]
     token_QR, position_QR = jnp.pad(token_QR, spread), jnp.pad(position_QR, spread, constant_values=-1)
-    position_gAR = position_QR.reshape(groups, sizes.A, R)
-    last_gA = position_gAR.max(-1)
-    first_gA = jnp.where(position_gAR < 0, layout.length, position_gAR).min(-1)
+    position_IAR = position_QR.reshape(groups, sizes.A, R)
+    last_IA = position_IAR.max(-1)
+    first_IA = jnp.where(position_IAR < 0, layout.length, position_IAR).min(-1)
     query_tile_Q = pad_axis(layout.local_positions()[:: selection.query_tile] // selection.query_tile, 0, groups * E)
     k_XSH = pad_axis(k_BKHS.swapaxes(2, 3), 2, S).reshape(B * K * S, H)
-    inputs = first_gA, last_gA, token_QR, position_QR, q_BTNH, k_XSH
-    run = _score_chunk(sizes, *(x.reshape(-1) for x in inputs[:4]), q_BTNH.reshape(B * T * N, H), k_XSH)
+    rows_in = [x.reshape(-1) for x in (first_IA, last_IA, token_QR, position_QR)]
+    run = _score_chunk(sizes, *rows_in, q_BTNH.reshape(B * T * N, H), k_XSH)
 
     def choose_chunk(base: jax.Array) -> jax.Array:
         group_I = (base + jnp.arange(sizes.chunk)) % groups
-        steps_IA = pl.cdiv(last_gA[group_I] + 1, SCORE_KEYS)
+        steps_IA = pl.cdiv(last_IA[group_I] + 1, SCORE_KEYS)
         scores_IEP = _pool(*run(base), steps_IA, sizes.E)[..., : tile_count(layout.length, sizes.M)]
         places_IE = query_tile_Q.reshape(groups, E)[group_I]
         return select_tiles(scores_IEP.reshape(-1, scores_IEP.shape[-1]), selection, places_IE.reshape(-1))
@@ -267,7 +275,7 @@ def _score_kernel(
     row = part * R + jnp.arange(R)
     at = group * (sizes.A * R) + row
     token, position = token_ref[at], position_ref[at]
-    head = lax.rem(x, sizes.K) * G + lax.rem(lax.rem(row, sizes.rows), G)
+    head = lax.rem(x, sizes.K) * G + lax.rem(row, G)  # G rows side by side are of all the group's heads, in some order
     q_RH = q_ref[(lax.div(x, sizes.K) * sizes.T + token) * sizes.N + head, :]
     scale = LOG2_E * q_RH.shape[-1] ** -0.5
 
@@ -300,6 +308,11 @@ def _pool(mass_IAPR: jax.Array, tops_IAJR: jax.Array, total_IA1R: jax.Array, ste
     seen = (jnp.arange(J) < steps_IA[..., None])[..., None, None]
     mass = jnp.where(seen, mass_IAPR.reshape(num, A, J, P // J, R) * share, 0)
     return mass.reshape(num, A, P, E, R // E).sum((1, 4)).swapaxes(1, 2)
+
+
+def _pad_rows(rows: int) -> int:
+    """Rows of whole programs: a power of two, or where one program is not enough a multiple of ROWS."""
+    return pl.next_power_of_2(max(rows, LEAST_ROWS)) if rows <= ROWS else tile_count(rows, ROWS) * ROWS
 
 
 def _warps(rows: int) -> int:

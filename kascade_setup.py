@@ -104,11 +104,18 @@ def pick_dtype(name: str, device: str) -> str:
 
 
 def pick_kernel(
-    name: str, device: str, selection: Selection, length: int, dtype: str, head_dim: int | None = None
+    name: str,
+    device: str,
+    selection: Selection,
+    length: int,
+    dtype: str,
+    head_dim: int | None = None,
+    capability: str | None = None,
 ) -> tuple[str, str]:
     """The implementation of attention, and why: "auto" is the device's own kernels where they take the sizes.
 
-    The GPU's own fall back to XLA also where they were asked for by name. `head_dim` None is not yet known.
+    The GPU's own fall back to XLA also where they were asked for by name. The width of heads and the GPU's compute
+    capability are not known yet where they are None.
 
     Raises:
       NotImplementedError: the TPU's kernels were asked for by name and do not take the sizes; it names some that would
@@ -120,7 +127,7 @@ def pick_kernel(
         if kernel == "pallas_tpu":
             kascade_pallas_tpu.check_sizes(selection, length)
         if kernel == "pallas_gpu":
-            kascade_pallas_gpu.check_sizes(selection.tile_size, head_dim, dtype)
+            kascade_pallas_gpu.check_sizes(selection.tile_size, head_dim, dtype, capability)
     except NotImplementedError as error:
         if name == "pallas_tpu":
             raise

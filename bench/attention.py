@@ -1,10 +1,11 @@
-"""How fast are anchor and reuse attention beside the best dense attention there is, for one layer of a real shape?
+"""How fast are anchor and reuse attention beside the device's best dense attention, for one layer of a real shape?
 
-Random inputs, one device, Top-K a share of the causal tiles that grows with the position, as the paper's. Before a
-length is timed, what each program computes is compared with float32 on the first, the last and some other query tiles.
-Then the programs take turns; each turn is a queue of calls, on inputs that take turns too and together are larger than
-the cache, and the time of a call is the queue's over its calls. The weighted speedup is that of a model of 1 dense, 4
-anchor and 27 reuse layers (the paper's) over one of 32 dense ones.
+Random inputs, one device, Top-K a share of the causal tiles that grows with the position, as the paper's. Dense is
+cuDNN's on a GPU. Before a length is timed, what each program computes is compared with float32 on the first, the last
+and some other query tiles. Then the programs take turns; each turn of an accelerator is a queue of calls, on inputs
+that take turns too and together are larger than its cache, and the time of a call is the queue's over its calls. All
+take inputs as the model's layers have them, and bring keys and values into the order that they need. The weighted
+speedup is that of a model of 1 dense, 4 anchor and 27 reuse layers over one of 32 dense ones.
 
   python bench/attention.py --shape llama3.1-8b --seq_len 8192,32768,131072 --markdown table.md
 """
@@ -31,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kascade_kernels as kernels
 from convert_weights import OneSentenceParser
-from kascade_core import EXACT, FAST, NO_TILE, Selection, time_interleaved
-from kascade_kernels import IMPLEMENTATIONS
+from kascade_core import EXACT, FAST, NO_TILE, Selection, compile_ahead
+from kascade_kernels import IMPLEMENTATIONS, time_interleaved
 from kascade_layout import tile_count
 from kascade_report import versions
 from kascade_setup import (
@@ -47,8 +48,8 @@ from kascade_setup import (
 )
 
 SHAPES = {"llama3.2-1b": (32, 8, 64), "llama3.1-8b": (32, 8, 128)}  # query heads, KV heads, head width
-WEIGHTS = {"dense": 1, "anchor": 4, "reuse": 27}  # layers of the paper's model
-CACHE_BYTES = 128e6  # more than any of these devices' last cache holds
+WEIGHTS = {"dense": 1, "anchor": 4, "reuse": 27}  # layers; a dense layer 0 is never reused
+CACHE_BYTES = 128e6  # more than any accelerator's last cache holds
 CEILING_SIZES = {"cpu": (1024, 2**24), "accelerator": (8192, 2**28)}  # a product's matrices, a copy's numbers
 QUEUE_SECONDS = 0.05  # a queue so long that starting it costs nothing
 CHECKED_TILES = 4
@@ -58,13 +59,14 @@ ANCHORS = {EXACT: "anchor, exact scoring", FAST: "anchor, fast scoring"}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One length of one shape, and how its tiles are chosen."""
+    """One length of one shape, how its tiles are chosen, and the implementations."""
 
     heads: tuple[int, int, int]
     length: int
     selection: Selection
     dtype: Any
     kernel: str
+    dense_kernel: str
 
     @property
     def bytes(self) -> int:
@@ -79,19 +81,16 @@ class Case:
         keys = jax.random.split(jax.random.key(seed), 3)
         return tuple(jax.random.normal(key, shape, self.dtype) for key, shape in zip(keys, shapes))
 
-    def programs(self) -> dict[str, Callable[..., Any]]:
-        """name -> compiled function of (q, k, v, tiles)."""
-
-        def dense(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> jax.Array:
-            return kernels.dense_attention(q, k, v, implementation=self.kernel)
-
-        def anchor(q: jax.Array, k: jax.Array, v: jax.Array, _: Any, *, scoring: str) -> tuple[jax.Array, jax.Array]:
+    def compile(self, qkv: Sequence[jax.Array], tiles: jax.Array | None = None) -> dict[str, Callable[..., Any]]:
+        """The programs of (q, k, v): dense and the anchors; or with tiles that of (q, k, v, tiles): reuse."""
+        where = {"selection": self.selection, "implementation": self.kernel}
+        if tiles is not None:
+            return {"reuse": compile_ahead(partial(kernels.reuse_attention, **where), (*qkv, tiles), None)}
+        programs = {"dense": partial(kernels.dense_attention, implementation=self.dense_kernel)}
+        for scoring, name in ANCHORS.items():
             selection = dataclasses.replace(self.selection, scoring=scoring)
-            return kernels.anchor_attention(q, k, v, selection=selection, implementation=self.kernel)
-
-        reuse = partial(kernels.reuse_attention, selection=self.selection, implementation=self.kernel)
-        anchors = {name: partial(anchor, scoring=scoring) for scoring, name in ANCHORS.items()}
-        return {name: jax.jit(program) for name, program in {"dense": dense, **anchors, "reuse": reuse}.items()}
+            programs[name] = partial(kernels.anchor_attention, **where | {"selection": selection})
+        return {name: compile_ahead(program, qkv, None) for name, program in programs.items()}
 
 
 # --- Correctness ---
@@ -132,33 +131,31 @@ def _reference(q_KRGH: Any, k_KHS: Any, v_KSH: Any, seen_KP: Any, rows_R: Any, t
     return lax.map(attend, (q_KRGH, k_KHS, v_KSH, seen_KP))
 
 
-def check(case: Case, qkv: Sequence[jax.Array], programs: dict[str, Callable[..., Any]]) -> tuple[jax.Array, str]:
-    """Compares every program with float32; returns the exact anchor's tiles, and the errors in words.
+def check(case: Case, qkv: Sequence[jax.Array], programs: dict[str, Callable[..., Any]], tiles: jax.Array) -> str:
+    """Compares every program with float32; returns the errors in words.
 
     Raises:
       SystemExit: a program computes something else; its numbers would mean nothing.
     """
-    chosen = {scoring: programs[name](*qkv, None) for scoring, name in ANCHORS.items()}
-    tiles_BKQC = chosen[EXACT][1]
-    results = {
-        "dense": (programs["dense"](*qkv, None), None),
-        "reuse": (programs["reuse"](*qkv, tiles_BKQC), tiles_BKQC),
-        **{ANCHORS[scoring]: result for scoring, result in chosen.items()},
-    }
+    results = {name: program(*qkv) for name, program in programs.items() if name != "reuse"}
+    outputs = {"dense": (results["dense"], None), "reuse": (programs["reuse"](*qkv, tiles), tiles)}
+    outputs |= {name: results[name] for name in ANCHORS.values()}
     every, Q = np.arange(case.selection.query_tile), case.length // case.selection.query_tile
     places = sorted({*np.linspace(0, Q - 1, CHECKED_TILES).astype(int).tolist()})
     tolerance = max(float(jnp.finfo(case.dtype).eps), 1e-5)
     words = []
-    for name, (out, tiles) in results.items():
-        error = max(_error(case, qkv, place, out, tiles, every) for place in places)
+    for name, (out, chosen) in outputs.items():
+        error = np.max([_error(case, qkv, place, out, chosen, every) for place in places])  # NaN stays NaN
         if not error <= tolerance:
             raise SystemExit(f"error: {name} at {case.length} tokens is {error:.1e} away from float32: nothing timed")
         words.append(f"{name} {error:.1e}")
-    for scoring, (_, tiles) in chosen.items():
-        lost = max(_lost_mass(case, qkv, place, tiles, scoring) for place in places)
+    for scoring, name in ANCHORS.items():
+        lost = np.max([_lost_mass(case, qkv, place, results[name][1], scoring) for place in places])
         if not lost <= LOST_MASS:
-            raise SystemExit(f"error: {ANCHORS[scoring]} at {case.length} tokens misses {lost:.1e} of the best tiles")
-    return tiles_BKQC, f"{case.length} tokens, relative errors against float32: {', '.join(words)}"
+            raise SystemExit(
+                f"error: {name} at {case.length} tokens misses {lost:.1e} of the best tiles: nothing timed"
+            )
+    return f"{case.length} tokens, relative errors against float32: {', '.join(words)}"
 
 
 def _error(
@@ -172,16 +169,24 @@ def _error(
 
 
 def _lost_mass(case: Case, qkv: Sequence[jax.Array], place: int, tiles: jax.Array, scoring: str) -> float:
-    """Of the mass that the best as many tiles hold in the scored rows, what the chosen ones do not, at worst."""
+    """Of the mass that the best tiles hold in the scored rows, what the chosen ones lack; 1 for a wrong count.
+
+    How many there are to choose is counted here anew; a query tile's own are not weighed, but must be there.
+    """
     selection = dataclasses.replace(case.selection, scoring=scoring)
     _, mass_KP = reference(case, qkv, place, None, selection.scored_rows())
-    past = place * selection.query_tile // selection.tile_size  # tiles before its own, which are always kept
-    lost = [0.0]
+    M, first, end = selection.tile_size, place * selection.query_tile, (place + 1) * selection.query_tile
+    past, seen = first // M, tile_count(end, M)
+    count = min(max(math.ceil(selection.density * seen - 1e-4), selection.always), seen)
+    lost = []
     for mass_P, chosen in zip(mass_KP[:, :past], np.asarray(tiles[0, :, place])):
-        chosen = chosen[chosen < past]
-        best = np.sort(mass_P)[::-1][: len(chosen)].sum()
-        lost.append(1 - mass_P[chosen].sum() / best if len(chosen) else 0.0)
-    return max(lost)
+        chosen = {*chosen[chosen != NO_TILE].tolist()}
+        others = sorted(chosen - {*range(past, seen)})
+        if len(chosen) != count or len(others) != count - (seen - past):
+            return 1.0
+        best = np.sort(mass_P)[::-1][: len(others)].sum()
+        lost.append(1 - mass_P[others].sum() / best if others else 0.0)
+    return np.max(lost)
 
 
 # --- Measuring ---
@@ -214,27 +219,30 @@ def queue(call: Callable[..., Any], inputs: Sequence[Sequence[jax.Array]], calls
     return result
 
 
-def measure(case: Case, n_runs: int) -> tuple[dict[str, list[float]], dict[str, float], str]:
-    """Milliseconds of a call of each program, their operations, and how exact they are."""
-    programs = case.programs()
+def measure(case: Case, n_runs: int) -> tuple[dict[str, list[float]], np.ndarray, str]:
+    """Milliseconds of a call of each program, the reuse layer's tiles, and how exact they are."""
     qkv = case.inputs(0)
-    tiles, exactness = check(case, qkv, programs)
+    programs = case.compile(qkv)
+    tiles = programs[ANCHORS[EXACT]](*qkv)[1]
+    programs |= case.compile(qkv, tiles)
+    exactness = check(case, qkv, programs, tiles)
     on_cpu = jax.default_backend() == "cpu"  # whose calls would run side by side, and are too long to need a queue
-    num_sets = 2 if on_cpu else max(2, math.ceil(CACHE_BYTES / case.bytes))
-    inputs = [(*qkv, tiles), *((*case.inputs(seed), tiles) for seed in range(1, num_sets))]
+    num_sets = 1 if on_cpu else max(2, math.ceil(CACHE_BYTES / case.bytes))
+    sets = [qkv, *(case.inputs(seed) for seed in range(1, num_sets))]
     turns, calls = {}, {}
     for name, program in programs.items():
+        inputs = [(*qkv, tiles) for qkv in sets] if name == "reuse" else sets
         start = time.perf_counter()
-        jax.block_until_ready(program(*inputs[0]))  # compiled already
+        jax.block_until_ready(program(*inputs[0]))
         calls[name] = 1 if on_cpu else max(1, math.ceil(QUEUE_SECONDS / (time.perf_counter() - start)))
         turns[name] = partial(queue, program, inputs, calls[name])
     samples = time_interleaved(turns, n_runs)
     times = {name: [ms / calls[name] for ms in turn] for name, turn in samples.items()}
-    return times, count_flops(case, np.asarray(tiles)), exactness
+    return times, np.asarray(tiles), exactness
 
 
 def weighted_speedups(times: dict[str, list[float]], anchor: str) -> list[float]:
-    """Of the paper's 32 layers over as many dense ones, round by round."""
+    """Of 32 layers by WEIGHTS over as many dense ones, round by round."""
     layers = sum(WEIGHTS.values())
     return [
         layers * dense / (WEIGHTS["dense"] * dense + WEIGHTS["anchor"] * chosen + WEIGHTS["reuse"] * reused)
@@ -256,30 +264,40 @@ def measure_ceilings(dtype: Any) -> tuple[float, float]:
 # --- The table ---
 
 
-def _spread(values: Sequence[float], form: str = ".3g") -> str:
-    return f"{statistics.median(values):{form}} [{min(values):{form}}, {max(values):{form}}]"
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def format_rows(case: Case, times: dict[str, list[float]], flops: dict[str, float]) -> str:
+def _spread(values: Sequence[float], form: Callable[[float], str] = _number) -> str:
+    return f"{form(statistics.median(values))} [{form(min(values))}, {form(max(values))}]"
+
+
+def format_rows(case: Case, times: dict[str, list[float]], tiles_BKQC: np.ndarray) -> str:
     """A row a program."""
+    flops, (causal, chosen) = count_flops(case, tiles_BKQC), count_pairs(case, tiles_BKQC)
     lines = []
     for name, samples in times.items():
         seconds = statistics.median(samples) / 1e3
         ratios = [ours / dense for ours, dense in zip(samples, times["dense"])]
-        speedup = _spread(weighted_speedups(times, name), ".2f") + "x" if name in ANCHORS.values() else ""
-        cells = (case.length, name, _spread(samples), _spread(ratios, ".3f"), f"{flops[name] / seconds / 1e12:.3g}")
-        lines.append("| " + " | ".join(map(str, (*cells, f"{case.bytes / seconds / 1e9:.3g}", speedup))) + " |")
+        cells = [f"{case.length}", name, "100%" if name == "dense" else f"{chosen / causal:.1%}"]
+        cells += [_spread(samples, "{:.4g}".format), _spread(ratios, "{:.3f}".format)]
+        cells += [_number(flops[name] / seconds / 1e12), _number(case.bytes / seconds / 1e9)]
+        cells += [_spread(weighted_speedups(times, name), "{:.2f}x".format) if name in ANCHORS.values() else ""]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def describe(args: argparse.Namespace, device: jax.Device, dtype: str, kernel: str) -> str:
+def describe(args: argparse.Namespace, device: jax.Device, kernel: str, dense: str, ceilings: Sequence[float]) -> str:
     """What the table's numbers are of."""
-    (N, K, H), products, copies = SHAPES[args.shape], *measure_ceilings(DTYPES[dtype])
+    (N, K, H), (products, copies), dtype = SHAPES[args.shape], ceilings, pick_dtype(args.dtype, args.device)
+    packages = ", ".join(f"{name} {versions()[name]}" for name in ("jax", "jaxlib"))
     return (
-        f"{args.shape}: {N} query and {K} KV heads of width {H}; {device.device_kind}, {dtype}, {kernel}, jax "
-        f"{versions()['jax']}; tile {args.tile_size}, query tile {args.query_tile or args.tile_size}, Top-K "
-        f"{args.density:.0%} of the causal tiles; n = {args.n_runs} interleaved rounds, median [min, max]. The same "
-        f"device's large matrix product reaches {products:.3g} TFLOP/s, a copy {copies:.3g} GB/s."
+        f"{args.shape}: {N} query and {K} KV heads of width {H}; {device.device_kind}, {dtype}, {kernel}; dense is "
+        f"{dense}; {packages}; tile {args.tile_size}, query tile {args.query_tile or args.tile_size}, Top-K "
+        f"{args.density:.0%} of the causal tiles; n = {args.n_runs} interleaved rounds, median [min, max]. Density is "
+        f"of the causal pairs, counted; TFLOP/s of the products that are needed; GB/s of queries, keys, values and "
+        f"output, each counted once. A large matrix product reaches {_number(products)} TFLOP/s here, a copy "
+        f"{_number(copies)} GB/s."
     )
 
 
@@ -312,15 +330,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = configure_device(args.device)[0]
         dtype, heads = pick_dtype(args.dtype, args.device), SHAPES[args.shape]
         selection = Selection(tile_size=args.tile_size, query_tile=args.query_tile, density=args.density, top_k=10**6)
-        kernel, why = pick_kernel(args.kernel, args.device, selection, args.seq_len[-1], dtype, heads[2])
-        names = "tokens", "", "ms", "of dense", "TFLOP/s", "GB/s", "weighted speedup"
-        header = "| " + " | ".join(names) + " |" + "\n|" + "---|" * len(names)
-        parts = [describe(args, device, dtype, f"{kernel} ({why})") + "\n", header]
+        this = {"dtype": dtype, "head_dim": heads[2], "capability": getattr(device, "compute_capability", None)}
+        kernel, why = pick_kernel(args.kernel, args.device, selection, args.seq_len[-1], **this)
+        dense, _ = pick_kernel("auto", args.device, Selection(tile_size=128), args.seq_len[-1], **this)
+        dense_name = "cuDNN's" if dense == "pallas_gpu" else f"{dense}'s"
+        parts = [describe(args, device, f"{kernel} ({why})", dense_name, measure_ceilings(DTYPES[dtype])) + "\n"]
+        names = "tokens", "", "density", "ms", "of dense", "TFLOP/s", "GB/s", "weighted speedup"
+        parts.append("| " + " | ".join(names) + " |" + "\n|" + "---|" * len(names))
         print("\n".join(parts), flush=True)
         for length in args.seq_len:
-            case = Case(heads, length, selection, DTYPES[dtype], kernel)
-            times, flops, exactness = measure(case, args.n_runs)
-            parts.append(format_rows(case, times, flops))
+            case = Case(heads, length, selection, DTYPES[dtype], kernel, dense)
+            times, tiles, exactness = measure(case, args.n_runs)
+            parts.append(format_rows(case, times, tiles))
             print(parts[-1], flush=True)
             print(exactness, file=sys.stderr, flush=True)
         if args.markdown:

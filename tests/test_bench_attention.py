@@ -31,9 +31,11 @@ def test_the_table_has_every_program_at_every_length(capsys, tmp_path):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
     names = ["dense", "anchor, exact scoring", "anchor, fast scoring", "reuse"]
     assert [row[:2] for row in rows[1:]] == [[length, name] for length in ("96", "128") for name in names]
-    assert all(row[3] == "1.000 [1.000, 1.000]" for row in rows if row[1] == "dense")
-    assert [row[6].endswith("x") for row in rows[1:5]] == [False, True, True, False]
-    assert "float32, xla (the one for a CPU)" in out
+    assert all(row[4] == "1.000 [1.000, 1.000]" for row in rows if row[1] == "dense")
+    assert ["x [" in row[7] for row in rows[1:5]] == [False, True, True, False]
+    assert rows[1][2] == "100%"
+    assert rows[4][2] == f"{(96 * 17 / 2) / (96 * 97 / 2):.1%}"  # a tenth of six tiles: their own alone
+    assert "float32, xla (the one for a CPU); dense is xla's; jax " in out
     assert "96 tokens, relative errors against float32: dense" in errors
 
 
@@ -43,23 +45,32 @@ def test_the_gpus_kernels_pass_its_check_interpreted(capsys):
     assert "pallas_gpu (as asked, and interpreted" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("factor", "error"), [(1.01, "1.0e-02"), (np.nan, "nan")])
 @pytest.mark.parametrize("broken", ["dense_attention", "reuse_attention"])
-def test_a_wrong_program_is_not_timed(broken, monkeypatch):
+def test_a_wrong_program_is_not_timed(broken, factor, error, monkeypatch):
+    """Wrong at its end."""
     right = getattr(kernels, broken)
-    monkeypatch.setattr(kernels, broken, lambda *args, **where: right(*args, **where) * 1.01)
-    with pytest.raises(SystemExit, match=r"at 96 tokens is 1.0e-02 away from float32: nothing timed"):
+    monkeypatch.setattr(kernels, broken, lambda *args, **where: right(*args, **where).at[:, 80:].multiply(factor))
+    with pytest.raises(SystemExit, match=f"at 96 tokens is {error} away from float32: nothing timed"):
         attention.main([*SMALL, "--dtype", "float32"])
 
 
-def test_an_anchor_that_misses_the_best_tiles_is_not_timed(monkeypatch):
-    def choose_the_first(q, k, v, *, selection, **_):
-        C = selection.slots(q.shape[1] // 16)
-        own = jnp.arange(q.shape[1] // 16)
-        tiles = jnp.where(jnp.arange(C) < own[:, None], jnp.arange(C), NO_TILE).at[:, -1].set(own)
-        tiles = jnp.broadcast_to(jnp.sort(tiles), (1, k.shape[1], *tiles.shape))
+def first_tiles(own, count):
+    """For each query tile the first tiles of the text and its own."""
+    others = jnp.where(jnp.arange(count - 1) < own[:, None], jnp.arange(count - 1), NO_TILE)
+    return jnp.sort(jnp.concatenate([others, own[:, None]], 1))
+
+
+@pytest.mark.parametrize("choose", [lambda own: first_tiles(own, 3), lambda own: own[:, None]], ids=["others", "own"])
+def test_an_anchor_that_misses_the_best_tiles_is_not_timed(choose, monkeypatch):
+    """Others than the best, or fewer."""
+
+    def anchor(q, k, v, *, selection, **_):
+        tiles = choose(jnp.arange(q.shape[1] // 16))
+        tiles = jnp.broadcast_to(tiles, (1, k.shape[1], *tiles.shape))
         return kernels.reuse_attention(q, k, v, tiles, selection=selection), tiles
 
-    monkeypatch.setattr(kernels, "anchor_attention", choose_the_first)
+    monkeypatch.setattr(kernels, "anchor_attention", anchor)
     with pytest.raises(SystemExit, match=r"anchor, exact scoring at 96 tokens misses .* of the best tiles"):
         attention.main([*SMALL, "--dtype", "float32", "--density", "0.5"])
 
@@ -67,7 +78,7 @@ def test_an_anchor_that_misses_the_best_tiles_is_not_timed(monkeypatch):
 @pytest.mark.parametrize(("tile_size", "query_tile"), [(4, 4), (4, 8), (8, 4)])
 def test_pairs_are_those_of_a_mask(tile_size, query_tile):
     selection = Selection(tile_size=tile_size, query_tile=query_tile, density=0.4, top_k=99)
-    case = attention.Case((2, 1, 8), 32, selection, jnp.float32, "xla")
+    case = attention.Case((2, 1, 8), 32, selection, jnp.float32, "xla", "xla")
     q, k, _ = case.inputs(0)
     tiles = np.asarray(kernels.choose_tiles(q, k, selection=selection))
     seen = np.zeros((32, 32), bool)
@@ -77,10 +88,10 @@ def test_pairs_are_those_of_a_mask(tile_size, query_tile):
     assert attention.count_pairs(case, tiles) == (32 * 33 / 2, (seen & np.tri(32, dtype=bool)).sum())
 
 
-def test_the_papers_ratios_give_its_speedup():
-    """An anchor of 1.93 and a reuse layer of 0.17 of dense, in 1 + 4 + 27 layers (arXiv 2512.16391)."""
-    (speedup,) = attention.weighted_speedups({"dense": [2.0], "anchor": [3.86], "reuse": [0.34]}, "anchor")
-    assert speedup == pytest.approx(32 / (1 + 4 * 1.93 + 27 * 0.17))
+def test_the_weighted_speedup_counts_every_layer():
+    """One dense layer of 2 ms, four anchors of 1 and 27 reuse layers of 2/27: 8 ms, where 32 dense ones take 64."""
+    (speedup,) = attention.weighted_speedups({"dense": [2.0], "anchor": [1.0], "reuse": [2 / 27]}, "anchor")
+    assert speedup == pytest.approx(8)
 
 
 @pytest.mark.parametrize(

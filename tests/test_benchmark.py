@@ -278,6 +278,7 @@ def test_auto_kernel_is_the_devices_own_where_it_takes_the_sizes():
         ({"selection": Selection(tile_size=48)}, "take a tile_size of 16, 32, 64 or 128, got 48"),
         ({"dtype": "float32"}, "take bfloat16 or float16, got float32"),
         ({"head_dim": 80}, "take heads of width 64 or 128, got 80"),
+        ({"capability": "7.5"}, "need compute capability 8.0, got 7.5"),
     ],
 )
 def test_what_the_gpus_kernels_do_not_take_runs_on_xla(name, sizes, why):

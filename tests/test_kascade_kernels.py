@@ -38,7 +38,7 @@ GPU_SHAPES = [  # every size of tile: groups that are no power of two, several t
     (1, 300, 4, 2, 64, 16, 4, 256),
     (2, 100, 3, 1, 64, 32, 2, 256),
     (1, 330, 4, 1, 128, 64, 3, 256),
-    (1, 520, 2, 2, 64, 128, 2, 256),
+    (1, 270, 3, 1, 64, 128, 2, 256),
 ]
 IMPLEMENTED = {"xla": SHAPES, "pallas_tpu": TPU_SHAPES, "pallas_gpu": GPU_SHAPES}
 CASES = [(shape, implementation) for implementation, shapes in IMPLEMENTED.items() for shape in shapes]
@@ -334,7 +334,12 @@ def test_the_gpus_programs_are_made_without_one(heads, head_dim, tile_size, scor
     def anchor(*args):
         return kernels.anchor_attention(*args, selection=selection, implementation="pallas_gpu")
 
-    program = jax.jit(anchor).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    try:
+        program = jax.jit(anchor).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    except Exception as error:
+        if "Triton compilation handler" not in str(error):  # which newer versions of JAX have with CUDA alone
+            raise
+        pytest.skip(str(error))
     assert {*re.findall(r'name = "(kascade_\w+)"', program)} == {"kascade_score", "kascade_reuse"}
     shapes = [[int(n) for n in shape.split("x")] for shape in re.findall(r"tensor<(\d+(?:x\d+)*)x[a-z]", program)]
     scratch = kascade_pallas_gpu.SCRATCH_BYTES // 4
@@ -353,6 +358,20 @@ def test_the_gpu_kernels_name_what_they_take(shape, dtype, match):
     qkv = inputs(shape, dtype)
     with pytest.raises(NotImplementedError, match=match):
         anchor_attention(*qkv, tile_size=shape[5], implementation="pallas_gpu")
+
+
+def test_dense_on_a_gpu_is_cudnns(monkeypatch):
+    """Its call, answered by XLA: one GPU is where JAX computes."""
+    shape, xla = GPU_SHAPES[0], jax.nn.dot_product_attention
+
+    def cudnn(*args, implementation, **where):
+        assert implementation == "cudnn"
+        return xla(*args, implementation="xla", **where)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    qkv = inputs(shape, jnp.bfloat16)
+    check_error(dense_attention(*qkv, implementation="pallas_gpu"), qkv, causal(shape[1]))
 
 
 def test_bad_arguments_say_what_was_expected():
