@@ -321,6 +321,7 @@ def test_the_gpu_scores_in_chunks_of_its_scratch(scoring, monkeypatch):
     np.testing.assert_array_equal(choose_tiles(q, k, **sizes), whole)
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="newer JAX also compiles them then, which needs a GPU")
 @pytest.mark.parametrize("scoring", [EXACT, FAST])
 @pytest.mark.parametrize("tile_size", kascade_pallas_gpu.TILE_SIZES)
 @pytest.mark.parametrize(("heads", "head_dim"), [((9, 3), 64), ((32, 8), 128)])
@@ -334,12 +335,7 @@ def test_the_gpus_programs_are_made_without_one(heads, head_dim, tile_size, scor
     def anchor(*args):
         return kernels.anchor_attention(*args, selection=selection, implementation="pallas_gpu")
 
-    try:
-        program = jax.jit(anchor).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    except Exception as error:
-        if "Triton compilation handler" not in str(error):  # which newer versions of JAX have with CUDA alone
-            raise
-        pytest.skip(str(error))
+    program = jax.jit(anchor).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert {*re.findall(r'name = "(kascade_\w+)"', program)} == {"kascade_score", "kascade_reuse"}
     shapes = [[int(n) for n in shape.split("x")] for shape in re.findall(r"tensor<(\d+(?:x\d+)*)x[a-z]", program)]
     scratch = kascade_pallas_gpu.SCRATCH_BYTES // 4
