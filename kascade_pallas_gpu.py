@@ -57,9 +57,7 @@ def check_sizes(tile_size: int, head_dim: int | None, dtype: Any, capability: st
     if name not in DTYPES:
         raise NotImplementedError(f"the GPU kernels take bfloat16 or float16, got {name}")
     if capability is not None and float(capability) < LEAST_CAPABILITY:
-        raise NotImplementedError(
-            f"the GPU kernels need compute capability {LEAST_CAPABILITY}, this GPU has {capability}"
-        )
+        raise NotImplementedError(f"the GPU kernels need compute capability {LEAST_CAPABILITY}, got {capability}")
 
 
 # --- Dense ---
