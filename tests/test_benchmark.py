@@ -374,7 +374,8 @@ def test_a_searched_schedule_is_saved_and_loaded(capsys, weights, text, tmp_path
     assert "was made for tile_size 4, and this run has 8" in refusal
 
 
-def test_a_limit_on_the_degradation(capsys, weights, text, tmp_path):
+def test_a_limit_on_the_degradation(capsys, weights, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("kascade_search.STEPS", 3)
     path = tmp_path / "out.json"
     output = run(capsys, weights, text, "--max_degradation", "3", "--json", path)
     report = json.loads(path.read_text())

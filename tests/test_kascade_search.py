@@ -246,14 +246,23 @@ def test_a_plan_keeps_to_its_density_and_loses_less_with_more(budgets):
         assert (plans[0].places == plans[0].places[:, :1]).all()
 
 
-def test_damage_is_measured(setup):
-    """Each layer's beta times its lost mass is the divergence of a run where it alone is sparse."""
+def test_damage_is_the_divergence_of_a_run_over_the_squared_loss_of_mass(setup, observation):
+    """Computed anew for layer 2, from the model's logits: of ten tiles its query tiles keep the first and their own."""
     model, params, ids, mesh = setup
     beta = search.measure_damage(model, params, ids, mesh)
     assert beta[0] == 0 and (beta[1:] > 0).all()
+    schedule = {layer: (ANCHOR if layer == 2 else DENSE, None) for layer in range(4)}
+    alone = model.clone(schedule=schedule, top_k=2)
+    dense, sparse = (jax.nn.log_softmax(m.apply(params, ids)[0, : -1 : search.DAMAGE_STEP]) for m in (model, alone))
+    masses = observation.scores[2]
+    own = np.einsum("KQQ->KQ", masses)
+    lost = 1 - own - np.where(np.arange(10) > 0, masses[..., 0], 0)
+    expected = (jnp.exp(dense) * (dense - sparse)).sum(-1).mean() / np.mean(lost**2)
+    assert beta[2] == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_a_searched_schedule_runs_and_no_degradation_is_cheaper_than_a_little(setup):
+def test_a_searched_schedule_runs_and_no_degradation_is_cheaper_than_a_little(setup, monkeypatch):
+    monkeypatch.setattr(search, "STEPS", 3)
     model, params, ids, mesh = setup
     found = search.search_schedule(model, params, ids, mesh, 2)
     plans = core.freeze_schedule(found.schedule, 4, 5)
