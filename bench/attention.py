@@ -202,10 +202,10 @@ def count_pairs(case: Case, tiles_BKQC: np.ndarray) -> tuple[float, float]:
     return T * (T + 1) / 2, float(((used_Q - block) * M * Y + own_Q).sum())
 
 
-def count_flops(case: Case, tiles_BKQC: np.ndarray) -> dict[str, float]:
+def count_flops(case: Case, causal_pairs: float, chosen_pairs: float) -> dict[str, float]:
     """Operations of the matrix products that each program needs: masked pairs are not counted."""
     (N, _, H), selection = case.heads, case.selection
-    causal, chosen = (4 * N * H * pairs for pairs in count_pairs(case, tiles_BKQC))
+    causal, chosen = (4 * N * H * pairs for pairs in (causal_pairs, chosen_pairs))
     fast = len(dataclasses.replace(selection, scoring=FAST).scored_rows()) / selection.query_tile
     anchors = {ANCHORS[EXACT]: causal / 2 + chosen, ANCHORS[FAST]: causal / 2 * fast + chosen}
     return {"dense": causal, **anchors, "reuse": chosen}
@@ -274,7 +274,8 @@ def _spread(values: Sequence[float], form: Callable[[float], str] = _number) -> 
 
 def format_rows(case: Case, times: dict[str, list[float]], tiles_BKQC: np.ndarray) -> str:
     """A row a program."""
-    flops, (causal, chosen) = count_flops(case, tiles_BKQC), count_pairs(case, tiles_BKQC)
+    causal, chosen = count_pairs(case, tiles_BKQC)
+    flops = count_flops(case, causal, chosen)
     lines = []
     for name, samples in times.items():
         seconds = statistics.median(samples) / 1e3
@@ -288,12 +289,12 @@ def format_rows(case: Case, times: dict[str, list[float]], tiles_BKQC: np.ndarra
 
 
 def describe(args: argparse.Namespace, device: jax.Device, kernel: str, dense: str, ceilings: Sequence[float]) -> str:
-    """What the table's numbers are of."""
-    (N, K, H), (products, copies), dtype = SHAPES[args.shape], ceilings, pick_dtype(args.dtype, args.device)
+    """What the table's numbers are of; the dtype of `args` is no longer "auto"."""
+    (N, K, H), (products, copies) = SHAPES[args.shape], ceilings
     packages = ", ".join(f"{name} {versions()[name]}" for name in ("jax", "jaxlib"))
     return (
-        f"{args.shape}: {N} query and {K} KV heads of width {H}; {device.device_kind}, {dtype}, {kernel}; dense is "
-        f"{dense}; {packages}; tile {args.tile_size}, query tile {args.query_tile or args.tile_size}, Top-K "
+        f"{args.shape}: {N} query and {K} KV heads of width {H}; {device.device_kind}, {args.dtype}, {kernel}; dense "
+        f"is {dense}; {packages}; tile {args.tile_size}, query tile {args.query_tile or args.tile_size}, Top-K "
         f"{args.density:.0%} of the causal tiles; n = {args.n_runs} interleaved rounds, median [min, max]. Density is "
         f"of the causal pairs, counted; TFLOP/s of the products that are needed; GB/s of queries, keys, values and "
         f"output, each counted once. A large matrix product reaches {_number(products)} TFLOP/s here, a copy "
@@ -328,18 +329,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     with exit_on_bad_input():
         device = configure_device(args.device)[0]
-        dtype, heads = pick_dtype(args.dtype, args.device), SHAPES[args.shape]
+        args.dtype, heads = pick_dtype(args.dtype, args.device), SHAPES[args.shape]
+        dtype = DTYPES[args.dtype]
         selection = Selection(tile_size=args.tile_size, query_tile=args.query_tile, density=args.density, top_k=10**6)
-        this = {"dtype": dtype, "head_dim": heads[2], "capability": getattr(device, "compute_capability", None)}
+        this = {"dtype": args.dtype, "head_dim": heads[2], "capability": getattr(device, "compute_capability", None)}
         kernel, why = pick_kernel(args.kernel, args.device, selection, args.seq_len[-1], **this)
         dense, _ = pick_kernel("auto", args.device, Selection(tile_size=128), args.seq_len[-1], **this)
         dense_name = "cuDNN's" if dense == "pallas_gpu" else f"{dense}'s"
-        parts = [describe(args, device, f"{kernel} ({why})", dense_name, measure_ceilings(DTYPES[dtype])) + "\n"]
+        parts = [describe(args, device, f"{kernel} ({why})", dense_name, measure_ceilings(dtype)) + "\n"]
         names = "tokens", "", "density", "ms", "of dense", "TFLOP/s", "GB/s", "weighted speedup"
         parts.append("| " + " | ".join(names) + " |" + "\n|" + "---|" * len(names))
         print("\n".join(parts), flush=True)
         for length in args.seq_len:
-            case = Case(heads, length, selection, DTYPES[dtype], kernel, dense)
+            case = Case(heads, length, selection, dtype, kernel, dense)
             times, tiles, exactness = measure(case, args.n_runs)
             parts.append(format_rows(case, times, tiles))
             print(parts[-1], flush=True)

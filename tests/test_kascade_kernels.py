@@ -264,7 +264,8 @@ def test_the_future_changes_no_earlier_bit(kind, shape, implementation):
     v[:, :, cut:] += 7
     same = before == np.asarray(attend(q, k, v))
     assert same[:, :first_changed].all()
-    assert not same[:, cut:].all(axis=(0, 2, 3)).any()
+    kept = np.any if q.dtype == np.float32 else np.all  # numbers of two bytes meet by chance
+    assert not kept(same[:, cut:], axis=(0, 2, 3)).any()
 
 
 @pytest.mark.parametrize(("shape", "implementation"), ONE_SHAPE)
