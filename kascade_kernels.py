@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from kascade_layout import AXIS, Layout, pad_axis, tile_count
 from tqdm import tqdm
 
 import kascade_pallas_gpu
 import kascade_pallas_tpu
 from kascade_core import NO_TILE, Selection, compile_ahead, cut_tiles, select_tiles
-from kascade_layout import AXIS, Layout, pad_axis, tile_count
 
 PALLAS = {"pallas_tpu": kascade_pallas_tpu, "pallas_gpu": kascade_pallas_gpu}
 IMPLEMENTATIONS = ("xla", *PALLAS)

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from kascade_layout import Layout, pad_axis, tile_count
 
 from kascade_core import NO_TILE, Selection, causal_tiles, select_tiles
-from kascade_layout import Layout, pad_axis, tile_count
 
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")

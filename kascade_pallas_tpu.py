@@ -21,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from kascade_layout import Layout, pad_axis, tile_count
 
 from kascade_core import NO_TILE, Selection, causal_tiles, select_tiles
-from kascade_layout import Layout, pad_axis, tile_count
 
 LANES = LEAST_TILE = 128  # a key tile is a whole number of a vector register's lanes
 TILES_AT_ONCE = 8  # key tiles in one step of scoring

@@ -10,14 +10,14 @@ import re
 
 import jax
 import jax.numpy as jnp
+import kascade_layout
 import numpy as np
 import pytest
+from kascade_layout import Layout, tile_count
 
 import kascade_kernels as kernels
-import kascade_layout
 import kascade_pallas_gpu
 from kascade_core import EXACT, FAST, NO_TILE, Selection
-from kascade_layout import Layout, tile_count
 from kascade_pallas_tpu import check_sizes
 
 # B, T, N, K, H, tile size, Top-K, and the block that the kernels work in: grouped, multi-query and multi-head; lengths
