@@ -1,0 +1,152 @@
+"""Where work is split: a sequence in blocks, blocks on the devices of a mesh, and the one place that jits.
+
+The mesh has one axis, AXIS. Query tiles are split over it; keys and values, small under grouped queries, are gathered
+to every device. Letters as in kascade_core.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kascade_core import NO_TILE, tile_count
+
+AXIS = "context"  # the mesh's axis for query tiles
+BLOCK = 256  # tokens in a block of queries or of keys, at most: its scores stay in a core's cache
+
+# How an array is split over the mesh, by what it holds.
+WHOLE = PartitionSpec()  # parameters, keys and values: every device has all of it
+ROWS = PartitionSpec(None, AXIS)  # [B, T, ...]: tokens, queries, outputs
+TILES = PartitionSpec(None, None, AXIS)  # [B, K, Q, ...]: tiles of each KV head and query tile
+
+# What XLA's CPU compiler is told. By default it orders the work so that all layers' buffers exist at once: at 8192
+# tokens 366 MB a device instead of 90. (Leave its YNNPACK products on: without them it needs 0.8 GB less there, but
+# jaxlib 0.10.2 then computes wrong numbers beyond 2048 tokens on two devices.)
+CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+# --- Blocks ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A sequence padded to equal blocks of whole tiles, assigned to the shards of the mesh's axis.
+
+    Blocks are assigned in a zigzag (shards 0 1 2 2 1 0 0 1 ...), so that every shard gets the same causal work.
+
+    Attributes:
+      length: real tokens; those after them are padding.
+      block: tokens in a block, a multiple of the tile size.
+      num_blocks: blocks of all shards together, the same number in each.
+      num_shards: devices on the axis.
+    """
+
+    length: int
+    block: int
+    num_blocks: int
+    num_shards: int = 1
+
+    @classmethod
+    def of(cls, length: int, tile_size: int = 1, num_shards: int = 1, block: int = BLOCK) -> Layout:
+        """The layout with the fewest blocks of at most `block` tokens (or of one tile, if that is larger)."""
+        per_shard = tile_count(length, num_shards * max(block // tile_size, 1) * tile_size)
+        if num_shards > 1 and length > 2 * num_shards * tile_size:
+            per_shard += per_shard % 2  # the zigzag balances an even number
+        num_blocks = per_shard * num_shards
+        size = tile_count(tile_count(length, num_blocks), tile_size) * tile_size
+        return cls(length, size, num_blocks, num_shards)
+
+    @property
+    def padded(self) -> int:
+        """Tokens with padding, over all shards."""
+        return self.block * self.num_blocks
+
+    def blocks_by_shard(self) -> np.ndarray:
+        """int [num_shards, J]: the blocks of each shard, in the order in which it holds them."""
+        rounds = np.arange(self.num_blocks).reshape(-1, self.num_shards)
+        rounds[1::2] = rounds[1::2, ::-1]
+        return rounds.T
+
+    def local_blocks(self) -> jax.Array:
+        """int32 [J]: the blocks of the calling shard, inside `jax.shard_map`."""
+        shard = jax.lax.axis_index(AXIS) if self.num_shards > 1 else 0
+        return jnp.asarray(self.blocks_by_shard(), jnp.int32)[shard]
+
+    def local_positions(self) -> jax.Array:
+        """int32 [T]: the position in the sequence of each token of the calling shard."""
+        return (self.local_blocks()[:, None] * self.block + jnp.arange(self.block)).reshape(-1)
+
+    def spread(self, x: jax.Array, axis: int, unit: int = 1) -> jax.Array:
+        """From the sequence's order to the shards': pads an axis of tokens, or of tiles of `unit` tokens, and permutes.
+
+        `collect` is the inverse, but for the padding.
+        """
+        x = pad_axis(x, axis, self.padded // unit)
+        return self._take_blocks(x, axis, self.blocks_by_shard().reshape(-1))
+
+    def collect(self, x: jax.Array, axis: int) -> jax.Array:
+        """From the shards' order to the sequence's, along an axis of tokens or of tiles, padding included."""
+        return self._take_blocks(x, axis, np.argsort(self.blocks_by_shard().reshape(-1)))
+
+    def _take_blocks(self, x: jax.Array, axis: int, order: np.ndarray) -> jax.Array:
+        if self.num_shards == 1:
+            return x
+        shape = x.shape
+        blocks = x.reshape(*shape[:axis], self.num_blocks, -1, *shape[axis + 1 :])
+        return jnp.take(blocks, order, axis=axis).reshape(shape)
+
+
+def pad_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
+    """Zeros after the end of one axis, up to `length`."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def causal_tiles(layout: Layout, tile_size: int) -> jax.Array:
+    """tiles_QC of a dense layer, ascending: every tile up to its own, for the query tiles of the calling shard."""
+    own_Q1 = layout.local_positions()[::tile_size, None] // tile_size
+    tiles_C = jnp.arange(layout.padded // tile_size)
+    return jnp.where(tiles_C <= own_Q1, tiles_C, NO_TILE)
+
+
+def gather_keys(x: jax.Array, axis: int, layout: Layout) -> jax.Array:
+    """Keys or values of the whole sequence, in its order, from the calling shard's own; `axis` is that of time."""
+    if layout.num_shards == 1:
+        return x
+    return layout.collect(jax.lax.all_gather(x, AXIS, axis=axis, tiled=True), axis)
+
+
+# --- Devices ---
+
+
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """All devices on AXIS."""
+    return Mesh(np.array(devices), (AXIS,))
+
+
+def place(array: Any, mesh: Mesh | None, spec: PartitionSpec = WHOLE) -> jax.Array:
+    """The array on the devices of the mesh, split as `spec` says; without a mesh on the default device."""
+    return jax.device_put(array, NamedSharding(mesh, spec) if mesh else None)
+
+
+def shard(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """The function on each device's part of its arguments; without a mesh the function itself."""
+    if mesh is None:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def compile_ahead(function: Callable[..., Any], args: Sequence[Any], mesh: Mesh | None = None) -> jax.stages.Compiled:
+    """Compiles `function` for arguments of these shapes, which may be `jax.ShapeDtypeStruct`: the one place that jits.
+
+    `mesh` says which platform's options apply; without it the default device does.
+    """
+    on_cpu = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform == "cpu"
+    return jax.jit(function).lower(*args).compile(compiler_options=CPU_OPTIONS if on_cpu else None)

@@ -1,0 +1,194 @@
+"""Dense, anchor and reuse attention in plain JAX, for every device, dtype and size.
+
+All functions take padded inputs and a layout; see `attention`, whose functions they implement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attention.sharding import Layout
+from kascade_core import NO_TILE, Selection, select_tiles, tile_count
+
+LEAST_TILE = 1  # tokens of which dense attention's blocks are a multiple
+KEYS_AT_ONCE = 1024  # gathered keys in one step of reuse: enough to fill the products, few enough for a core's cache
+
+
+def check(
+    selection: Selection,
+    length: int,
+    head_dim: int | None,
+    dtype: Any,
+    capability: str | None = None,
+    slots: int | None = None,
+) -> None:
+    """Takes everything."""
+
+
+def matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """einsum with float32 accumulation and result; float32 inputs are not rounded on the way, on any device."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+# --- Dense ---
+
+
+def dense(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout) -> jax.Array:
+    """Online softmax over square blocks on and below the diagonal (Milakov & Gimelshein, arXiv 1805.02867)."""
+    B, K, H, S = k_BKHS.shape
+    R = layout.block
+    k_ZHS, v_ZSH = k_BKHS.reshape(B * K, H, S), v_BKSH.reshape(B * K, S, H)
+
+    def attend(block: jax.Array, head: jax.Array, q_GRH: jax.Array) -> jax.Array:
+        def step(key_block, carry, masked):
+            top, total, out = carry
+            scores = _block_scores(q_GRH, k_ZHS, head, key_block, R)
+            scores = jnp.where(jnp.tri(R, dtype=bool), scores, -jnp.inf) if masked else scores
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights = jnp.exp(scores - new_top[..., None])
+            shrink = jnp.exp(top - new_top)
+            v_WH = lax.dynamic_slice(v_ZSH, (head, key_block * R, 0), (1, R, H))[0]
+            values = matmul("GRW,WH->GRH", weights.astype(v_WH.dtype), v_WH)
+            return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + values
+
+        empty = (jnp.full(q_GRH.shape[:-1], -jnp.inf), jnp.zeros(q_GRH.shape[:-1]), jnp.zeros(q_GRH.shape))
+        _, total, out = _fold_causal(step, block, empty)
+        return (out / total[..., None]).astype(q_GRH.dtype)
+
+    return _ungroup(_map_heads(attend, layout.local_blocks(), q_BTNH, K))
+
+
+# --- Choosing ---
+
+
+def choose(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: Layout) -> jax.Array:
+    """The best key tiles of each query tile, tiles_BKQC."""
+
+    def best(scores_QP: jax.Array, query_tiles_Q: jax.Array) -> jax.Array:
+        return select_tiles(scores_QP, selection, query_tiles_Q)
+
+    return _score_blocks(q_BTNH, k_BKHS, selection, layout, best)
+
+
+def score(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: Layout) -> jax.Array:
+    """The masses that `choose` chooses by, scores_BKQP."""
+    return _score_blocks(q_BTNH, k_BKHS, selection, layout, lambda scores_QP, _: scores_QP)
+
+
+def _score_blocks(
+    q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: Layout, finish: Callable
+) -> jax.Array:
+    """One pass over the keys: sums exp(score) tile by tile under each block's own maximum, rescaled at the end.
+
+    Returns finish(scores_QP, query_tiles_Q) of every KV head and block, along one axis of query tiles.
+    """
+    B, K, H, S = k_BKHS.shape
+    R, M, Y = layout.block, selection.tile_size, selection.query_tile
+    Q, num_tiles = R // Y, tile_count(layout.length, M)  # query tiles of one block, key tiles with real tokens
+    k_ZHS = k_BKHS.reshape(B * K, H, S)
+    rows_R = (jnp.arange(Q)[:, None] * Y + selection.scored_rows()).reshape(-1)  # all of a block's rows, or a sample
+
+    def score_block(block: jax.Array, head: jax.Array, q_GRH: jax.Array) -> jax.Array:
+        q_GRH = q_GRH if len(rows_R) == R else q_GRH[:, rows_R]
+
+        def step(key_block, carry, masked):
+            tops, mass_GRP = carry  # of each row: its largest score in every block of keys, its mass in every tile
+            scores = _block_scores(q_GRH, k_ZHS, head, key_block, R)
+            scores = jnp.where(jnp.arange(R) <= rows_R[:, None], scores, -jnp.inf) if masked else scores
+            top = scores.max(-1, keepdims=True)
+            mass = jnp.exp(scores - top).reshape(*scores.shape[:-1], R // M, M).sum(-1)
+            return (
+                lax.dynamic_update_slice_in_dim(tops, top, key_block, 2),
+                lax.dynamic_update_slice_in_dim(mass_GRP, mass, key_block * (R // M), 2),
+            )
+
+        rows = q_GRH.shape[:-1]
+        empty = (jnp.full((*rows, S // R), -jnp.inf), jnp.zeros((*rows, S // M)))
+        tops, mass_GRP = _fold_causal(step, block, empty)
+        mass_GRP *= jnp.repeat(jnp.exp(tops - tops.max(-1, keepdims=True)), R // M, axis=-1)
+        real_R = block * R + rows_R < layout.length  # rows of padding choose nothing
+        share_GRP = mass_GRP * jnp.where(real_R, 1 / mass_GRP.sum(-1), 0)[..., None]
+        scores_QP = share_GRP.reshape(rows[0], Q, -1, S // M).sum((0, 2))[:, :num_tiles]
+        return finish(scores_QP, block * Q + jnp.arange(Q))
+
+    by_block = _map_heads(score_block, layout.local_blocks(), q_BTNH, K)  # [B, K, J, Q, C or P]
+    return by_block.reshape(B, K, -1, by_block.shape[-1])
+
+
+# --- Reuse ---
+
+
+def reuse(
+    q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, tiles_BKQC: jax.Array, selection: Selection, layout: Layout
+) -> jax.Array:
+    """Gathers the chosen tiles of one query tile and KV head at a time and attends to them in two products."""
+    B, K, H, S = k_BKHS.shape
+    M, Y, C = selection.tile_size, selection.query_tile, tiles_BKQC.shape[-1]
+    P = S // M
+    k_tiles = k_BKHS.transpose(0, 1, 3, 2).reshape(B * K * P, M, H)  # rows, so that gathering a tile copies one piece
+    v_tiles = v_BKSH.reshape(B * K * P, M, H)
+    query_tiles_Q = layout.local_positions()[::Y] // Y
+
+    def attend(query_tile: jax.Array, head: jax.Array, q_GRH: jax.Array, tiles_C: jax.Array) -> jax.Array:
+        used_C1 = (tiles_C != NO_TILE)[:, None]
+        index_C = head * P + jnp.where(used_C1[:, 0], tiles_C, 0)
+        k_WH, v_WH = (x.at[index_C].get(mode="promise_in_bounds").reshape(C * M, H) for x in (k_tiles, v_tiles))
+        key_W = jnp.where(used_C1, tiles_C[:, None] * M + jnp.arange(M), NO_TILE).reshape(-1)
+        row_R1 = query_tile * Y + jnp.arange(Y)[:, None]
+        scores = matmul("GRH,WH->GRW", q_GRH, k_WH) * H**-0.5
+        scores = jnp.where(key_W <= row_R1, scores, -jnp.inf)
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        out = matmul("GRW,WH->GRH", weights.astype(v_WH.dtype), v_WH)
+        return (out / weights.sum(-1, keepdims=True)).astype(q_GRH.dtype)
+
+    at_once = max(KEYS_AT_ONCE // (C * M), 1)
+    return _ungroup(_map_heads(attend, query_tiles_Q, q_BTNH, K, tiles_BKQC, at_once=at_once))
+
+
+# --- Blocks and heads ---
+
+
+def _map_heads(
+    attend: Callable, blocks_J: jax.Array, q_BTNH: jax.Array, num_kv_heads: int, *more_BKJ: jax.Array, at_once: int = 1
+) -> jax.Array:
+    """Calls attend(block, head, q_GRH, *more) for every block of queries and every KV head of the batch.
+
+      for block in blocks_J:
+        for head in range(B * K):
+          out[block, head] = attend(block, head, q of this block and this head's group, each `more` at [b, k, block])
+
+    One head at a time keeps a block's scores in a core's cache; `at_once` runs up to that many steps together.
+    Returns [B, K, J, ...].
+    """
+    B, T, N, H = q_BTNH.shape
+    J, K = len(blocks_J), num_kv_heads
+    q_BKJGRH = q_BTNH.reshape(B, J, T // J, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
+    step = jnp.arange(J * B * K)
+    each = [jnp.moveaxis(x, 2, 0).reshape(J * B * K, *x.shape[3:]) for x in (q_BKJGRH, *more_BKJ)]
+    together = next(n for n in range(min(at_once, len(step)), 0, -1) if len(step) % n == 0)
+    out = lax.map(lambda args: attend(*args), (blocks_J[step // (B * K)], step % (B * K), *each), batch_size=together)
+    return jnp.moveaxis(out.reshape(J, B, K, *out.shape[1:]), 0, 2)
+
+
+def _ungroup(out_BKJGRH: jax.Array) -> jax.Array:
+    """Heads and blocks back in the order of q_BTNH."""
+    B, K, J, G, R, H = out_BKJGRH.shape
+    return out_BKJGRH.transpose(0, 2, 4, 1, 3, 5).reshape(B, J * R, K * G, H)
+
+
+def _fold_causal(step: Callable, block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Applies step(key_block, carry, masked) to every key block that query block `block` sees; masks only the last."""
+    carry = lax.fori_loop(0, block, lambda key_block, carry: step(key_block, carry, False), carry)
+    return step(block, carry, True)
+
+
+def _block_scores(q_GRH: jax.Array, k_ZHS: jax.Array, head: jax.Array, key_block: jax.Array, width: int) -> jax.Array:
+    """Scaled logits of one head's queries with one block of its keys, float32 [G, R, width]."""
+    k_HW = lax.dynamic_slice(k_ZHS, (head, 0, key_block * width), (1, k_ZHS.shape[1], width))[0]
+    return matmul("GRH,HW->GRW", q_GRH, k_HW) * q_GRH.shape[-1] ** -0.5
