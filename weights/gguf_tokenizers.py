@@ -138,7 +138,9 @@ class _Fields:
             return None
         value = value.tolist() if isinstance(value, np.ndarray) else value
         if not isinstance(value, list | tuple) or not all(type(item) in kinds for item in value):
-            raise InputError(f"GGUF metadata {PREFIX}{key} must be a list of {_KINDS[kinds[0]]}s, got {quote(value)}")
+            raise InputError(
+                f"GGUF metadata {PREFIX}{key} must be a list of {_KINDS[kinds[0]].split()[-1]}s, got {quote(value)}"
+            )
         if length is not None and len(value) < length:
             raise InputError(f"GGUF metadata {PREFIX}{key} has {len(value)} values, expected one for each of {length}")
         return list(value)

@@ -47,16 +47,16 @@ Names: Łódź, Zürich, São Paulo, Ærøskøbing, Đà Nẵng, Việt Nam, ng�
 今日は2024年5月17日です。東京タワーの高さは333メートル。中文：我们在北京大学学习数学，
 成绩是98.6分！한국어 문장도 있습니다. 台灣的人口約為23,420,442人、香港是7,413,070人。
 العربية: بلغ عدد السكان ١٢٣٤٥٦ نسمة في عام ٢٠٢٠؛ עברית: שלום עולם; हिन्दी में १०० रुपये; বাংলা ভাষা; ภาษาไทย ไม่มี.
-def area(radius: float) -> float:\n    \"\"\"Returns pi r**2.\"\"\"\n\tif radius < 0:\n\t\traise ValueError(f"{radius!r}")
+def area(radius: float) -> float:\n    \"\"\"Returns pi r**2.\"\"\"\n\tif radius < 0:\n\t\traise ValueError(radius)
     return 3.14159 * radius ** 2  # about\n\n\nfor (int i = 0; i <= n && x[i] != '\\0'; ++i) { sum += a[i] << 2; }
 class Point<T> { constructor(private x: T) {} get X() { return this.x ?? null; } }  /* SELECT * FROM "t" WHERE id=7; */
 | year | km    | share |\n|------|-------|-------|\n| 1999 | 1,024 | 12.5% |\n| 2000 | 00007 | -3.0% |
 1. First\n2. Second\n10. Tenth\n- [ ] open\n- [x] done\nhttps://example.org/a_b/c-d?id=42&q=%C3%A9#top user@example.org
 {"key": [1, 22, 333, 4444, 55555], "nested": {"null": null, "t": true}} $E = mc^2$, \\frac{a}{b} <p class="x">&amp;</p>
 camelCase, snake_case, SCREAMING_CASE, kebab-case, XMLHttpRequest, v1.2.3-rc4, 0xDEADBEEF, 1e-5, 192.168.0.1, #ff8800.
-😀😃 👍🏽 👩\u200d👩\u200d👧\u200d👦 🇫🇷🇯🇵 ❤️ ☕ → ≤ ≠ ∑ √ € £ ¥ ₹ © ™ … — – “quoted” ‘single’ «guillemets» 「鍵」 ¿qué? ¡sí!
+😀😃 👍🏽 👩\u200d👩\u200d👧\u200d👦 🇫🇷🇯🇵 ❤️ ☕ → ≤ ≠ ∑ √ € £ ¥ ₹ © ™ … — – “quoted” ‘single’ «guillemets» 「鍵」 ¿qué?
 no\u00a0break, em\u2003space, zero\u200bwidth, soft\u00adhyphen, line\u2028separator, wide\u3000space,
-........ -------- ======== !!!??? aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa                                 000000000000000001
+........ -------- ======== !!!??? aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa                           000000000000000001
 """
 
 
@@ -250,7 +250,12 @@ def byte_level_tokenizer(
       merges: best first.
       splits: regular expressions; each cuts the pieces of the one before it into what it matches and what it does not.
       ignore_merges: a piece that is a token is that token, even if no merges lead to it.
+
+    Raises:
+      InputError: a vocabulary without the bytes of PROBE, for the library would drop them without a word.
     """
+    if missing := {BYTE_LETTERS[byte] for byte in PROBE.encode()} - vocab.keys():
+        raise InputError(f"a byte-level vocabulary needs a token for each byte, {len(missing)} are missing")
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
     cuts = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in splits]
     to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

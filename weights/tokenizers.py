@@ -71,6 +71,8 @@ def from_hugging_face(folder: Path, vocab_size: int) -> TextTokenizer:
     elif (path := folder / "tokenizer.model").is_file():
         tokenizer = _from_model_file(path, vocab_size)
         _add_more_tokens(tokenizer, folder)
+        if settings.bos_flag is False:
+            set_template(tokenizer, None)
     elif (path := folder / "vocab.json").is_file() and settings.name in BYTE_LEVEL_CLASSES:
         tokenizer = _from_vocab_and_merges(folder, BYTE_LEVEL_CLASSES[settings.name])
         _add_more_tokens(tokenizer, folder)
@@ -228,8 +230,6 @@ def _ranked_tokenizer(path: Path, ranks: dict[str, int], vocab_size: int) -> Tok
     """LLaMA 3's: the pair that makes the token of the lowest rank is merged first; special tokens follow the ranked."""
     if (least := len(ranks) + len(LLAMA3_SPECIALS)) > vocab_size:
         raise InputError(f"{path} makes at least {least} tokens with the special ones, expected at most {vocab_size}")
-    if missing := set(BYTE_LETTERS) - ranks.keys():
-        raise InputError(f"{path} lacks {len(missing)} of the 256 bytes: expected one token for each")
     reserved = (f"<|reserved_special_token_{i}|>" for i in range(3, vocab_size))
     special = [*LLAMA3_SPECIALS, *reserved][: vocab_size - len(ranks)]
     merges = derive_merges({token: -rank for token, rank in ranks.items()})
