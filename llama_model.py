@@ -1,303 +1,31 @@
-"""The Flax LLaMA: configuration, chunked weights, layers, and the loop that hands tiles from anchor to reuse layer."""
+"""The Flax LLaMA: loading, layers, and the loop that hands tiles from anchor to reuse layer."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-import pickle
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from kascade_core import ANCHOR, DENSE, EXACT, InputError, LayerPlan, Selection, freeze_schedule
+from kascade_core import ANCHOR, DENSE, EXACT, LayerPlan, Selection, freeze_schedule
 from kascade_kernels import choose_tiles, dense_attention, gather_keys, matmul, reuse_attention, score_tiles
 from kascade_layout import Layout, pad_axis, tile_count
+from weights.config import EMBEDDINGS_CHUNK, LlamaConfig, chunk_shapes, layer_chunk, rope_frequencies
+from weights.folder import Manifest, numpy_dtype, read_chunks, read_manifest
 
-# --- Configuration ---
-
-
-def _check_positive(config: Any, names: Sequence[str]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise InputError(f"model config: {name} must be a number above 0, got {value!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """LLaMA 3's stretching of the low RoPE frequencies (field names and formula: Hugging Face's "llama3" rope type)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        _check_positive(self, [field.name for field in dataclasses.fields(self)])
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise InputError(
-                f"model config: low_freq_factor ({self.low_freq_factor}) must be below "
-                f"high_freq_factor ({self.high_freq_factor})"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of one LLaMA model; every name is that of a Hugging Face `LlamaConfig`.
-
-    Raises:
-      InputError: a size below 1, an odd head_dim, or query heads that do not divide into the KV heads' groups.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = False
-    rope_scaling: RopeScaling | None = None
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self)[:8]:
-            value = getattr(self, field.name)
-            if type(value) is not int or value < 1:
-                raise InputError(f"model config: {field.name} must be a whole number of at least 1, got {value!r}")
-        _check_positive(self, ("rope_theta", "rms_norm_eps"))
-        if type(self.tie_word_embeddings) is not bool:
-            raise InputError(
-                f"model config: tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}"
-            )
-        if self.head_dim % 2:
-            raise InputError(f"model config: head_dim must be even for RoPE, got {self.head_dim}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"model config: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LlamaConfig:
-        """The inverse of `dataclasses.asdict`, as the manifest stores it."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise InputError(f"model config: unknown fields {unknown}; known are {sorted(known)}")
-        scaling = values.get("rope_scaling")
-        try:
-            return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
-        except TypeError as error:
-            raise InputError(f"model config: {error}") from error
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """Maps a Hugging Face config.json (as a dict), of old (`rope_scaling`) or new (`rope_parameters`) transformers.
-
-        Raises:
-          NotImplementedError: an architecture, or a feature of one, that this model does not compute.
-          InputError: a field that is missing or senseless.
-        """
-        _refuse_unsupported(config)
-        rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-        try:
-            num_heads = config["num_attention_heads"]
-            return cls(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_hidden_layers=config["num_hidden_layers"],
-                num_attention_heads=num_heads,
-                num_key_value_heads=config.get("num_key_value_heads") or num_heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
-                max_position_embeddings=config.get("max_position_embeddings", 2048),
-                rope_theta=float(theta),
-                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-                tie_word_embeddings=config.get("tie_word_embeddings", False),
-                rope_scaling=_rope_scaling_from_hf(rope),
-            )
-        except KeyError as error:
-            raise InputError(f"model config: {error} is missing") from error
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    architectures = config.get("architectures") or []
-    model_type = config.get("model_type", "llama")
-    if model_type != "llama" or any(name != "LlamaForCausalLM" for name in architectures):
-        name = ", ".join(architectures) or model_type
-        raise NotImplementedError(f"architecture {name} (model_type {model_type}) is not supported; only llama is")
-    for feature in ("attention_bias", "mlp_bias", "sliding_window"):
-        if config.get(feature):
-            raise NotImplementedError(f"{feature}={config[feature]} is not supported by this LLaMA")
-    if config.get("hidden_act", "silu") != "silu":
-        raise NotImplementedError(f"hidden_act={config['hidden_act']} is not supported; only silu is")
-
-
-def _rope_scaling_from_hf(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise NotImplementedError(f"rope_type {kind} is not supported; default and llama3 are")
-    return RopeScaling(**{field.name: rope[field.name] for field in dataclasses.fields(RopeScaling)})
-
-
-# --- Chunked weights: the format that convert_weights.py writes ---
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-EMBEDDINGS_CHUNK = "embeddings.pkl"
-DTYPES = {  # the dtypes that a chunk may hold, by the name the manifest gives them
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-
-
-def layer_chunk(layer: int) -> str:
-    """The file name of one layer's chunk."""
-    return f"layer_{layer}.pkl"
-
-
-def chunk_shapes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
-    """Every chunk's file name with the nested dict of shapes it holds; matrices are [in, out]."""
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    NH = config.num_attention_heads * config.head_dim
-    KH = config.num_key_value_heads * config.head_dim
-    layer = {
-        "attention": {"wq": (D, NH), "wk": (D, KH), "wv": (D, KH), "wo": (NH, D)},
-        "feed_forward": {"w1": (D, F), "w2": (F, D), "w3": (D, F)},
-        "attention_norm": (D,),
-        "ffn_norm": (D,),
-    }
-    embeddings = {"tok_embeddings": (V, D), "norm": (D,)}
-    if not config.tie_word_embeddings:
-        embeddings["output"] = (D, V)
-    return {EMBEDDINGS_CHUNK: embeddings} | {layer_chunk(i): layer for i in range(config.num_hidden_layers)}
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_manifest(weights_dir: Path) -> dict[str, Any]:
-    """Reads and checks a weights folder's manifest; its "config" comes back as a `LlamaConfig`.
-
-    Raises:
-      InputError: no such folder, an empty one, no manifest, or one that cannot be read, is of another version, or lists
-        other chunks than its config needs.
-    """
-    if not weights_dir.is_dir():
-        problem = "is not a folder" if weights_dir.exists() else "does not exist"
-        raise InputError(f"weights folder {weights_dir} {problem}; make one with convert_weights.py")
-    if not any(weights_dir.iterdir()):
-        raise InputError(f"weights folder {weights_dir} is empty; make it with convert_weights.py")
-    path = weights_dir / MANIFEST
-    if not path.is_file():
-        raise InputError(f"weights folder {weights_dir} has no {MANIFEST}; make it anew with convert_weights.py")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise InputError(f"{path} has format version {version!r}; this program reads version {FORMAT_VERSION}")
-        manifest["config"] = LlamaConfig.from_dict(manifest["config"])
-        for entry in manifest["chunks"].values():
-            entry["bytes"], entry["sha256"]
-        for key in ("model", "dtype", "source"):
-            if type(manifest[key]) is not str:
-                raise TypeError(f"{key} is {type(manifest[key]).__name__}, not text")
-        if manifest["dtype"] not in DTYPES:
-            raise InputError(f"{path}: dtype {manifest['dtype']!r}; expected one of {sorted(DTYPES)}")
-        fits = len(manifest["chunks"]) == manifest["config"].num_hidden_layers + 1  # before an absurd number is built
-        if not fits or set(manifest["chunks"]) != set(chunk_shapes(manifest["config"])):
-            raise InputError(f"{path} lists other chunks than its config needs; convert the model anew")
-        return manifest
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); convert the model anew") from error
-
-
-def check_chunk(path: Path, expected: Mapping[str, Any]) -> None:
-    """Compares a chunk file with the manifest's {"bytes", "sha256"} for it.
-
-    Raises:
-      InputError: the chunk is missing, of another size, or altered.
-    """
-    if not path.is_file():
-        raise InputError(f"weights chunk {path} is missing; convert the model anew")
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        raise InputError(f"weights chunk {path} has {size} bytes, expected {expected['bytes']}; convert the model anew")
-    if sha256_of(path) != expected["sha256"]:
-        raise InputError(f"weights chunk {path} was altered (its SHA-256 differs); convert the model anew")
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and builtin containers only: a pickle is a program, and this one may not run any."""
-
-    ALLOWED = {
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("ml_dtypes", "bfloat16"),
-        *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
-        *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only numpy arrays are allowed")
-        return super().find_class(module, name)
-
-
-UNPICKLING_ERRORS = (  # what damaged bytes, or bytes made to do harm, may raise
-    *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError),
-    *(OverflowError, MemoryError, RecursionError),
-)
-
-
-def _load_chunk(path: Path, shapes: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
-    """Unpickles one chunk and checks that it holds exactly the named arrays, of this dtype, all finite."""
-    try:
-        with path.open("rb") as file:
-            chunk = _ArrayUnpickler(file).load()
-    except UNPICKLING_ERRORS as error:
-        raise InputError(f"weights chunk {path} was refused: {error}") from error
-    _check_tree(chunk, shapes, dtype, path.name)
-    return chunk
-
-
-def _check_tree(tree: Any, shapes: Mapping[str, Any], dtype: np.dtype, where: str) -> None:
-    if not isinstance(tree, dict) or set(tree) != set(shapes):
-        got = sorted(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
-        raise InputError(f"weights {where}: expected the keys {sorted(shapes)}, got {got}")
-    for name, shape in shapes.items():
-        leaf = tree[name]
-        if isinstance(shape, Mapping):
-            _check_tree(leaf, shape, dtype, f"{where}/{name}")
-        elif not isinstance(leaf, np.ndarray) or leaf.shape != shape or leaf.dtype != dtype:
-            got = f"{leaf.dtype} {leaf.shape}" if isinstance(leaf, np.ndarray) else type(leaf).__name__
-            raise InputError(f"weights {where}/{name}: expected {dtype} {shape}, got {got}")
-        elif not np.isfinite(leaf).all():
-            raise InputError(f"weights {where}/{name}: has NaN or infinite values")
+# --- Weights ---
 
 
 def load_weights(
     weights_dir: Path, dtype: Any | None = None, mesh: Mesh | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Manifest, dict[str, Any]]:
     """Loads a converted model, every chunk checked against the manifest.
 
     Args:
@@ -306,18 +34,16 @@ def load_weights(
       mesh: whose devices each get all of them; the default device alone when left out.
 
     Returns:
-      The manifest, its "config" a `LlamaConfig`; and the variables for `LlamaModel.apply`, {"params": ...}.
+      The manifest, and the variables for `LlamaModel.apply`, {"params": ...}.
 
     Raises:
       InputError: the folder, its manifest or a chunk is missing, damaged, altered or not what the config says.
     """
     manifest = read_manifest(weights_dir)
-    stored, shapes = DTYPES[manifest["dtype"]], chunk_shapes(manifest["config"])
     params: dict[str, Any] = {}
-    for name, shape in tqdm(shapes.items(), desc="loading", unit="chunk", disable=None, leave=False):
-        check_chunk(weights_dir / name, manifest["chunks"][name])
-        chunk = _load_chunk(weights_dir / name, shape, stored)
-        chunk = jax.tree.map(lambda leaf: _place(leaf, dtype or stored, mesh), chunk)
+    chunks, total = read_chunks(weights_dir, manifest), len(manifest.chunks)
+    for name, chunk in tqdm(chunks, desc="loading", total=total, unit="chunk", disable=None, leave=False):
+        chunk = jax.tree.map(lambda leaf: _place(leaf, dtype or numpy_dtype(manifest.dtype), mesh), chunk)
         params |= chunk if name == EMBEDDINGS_CHUNK else {name.removesuffix(".pkl"): chunk}
     return manifest, {"params": params}
 
@@ -342,23 +68,6 @@ def count_parameters(params: Any) -> int:
 
 
 # --- The model ---
-
-
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """float64 [H / 2], radians a token; RoPE (arXiv 2104.09864) with LLaMA 3's scaling where the config has it.
-
-    LLaMA 3.1 divides the frequency of wavelengths above original / low_freq_factor by `factor`, keeps those under
-    original / high_freq_factor, and goes over from one to the other linearly in original / wavelength.
-    """
-    H = config.head_dim
-    frequencies = config.rope_theta ** (-np.arange(0, H, 2, dtype=np.float64) / H)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rope_table(config: LlamaConfig, positions_T: jax.Array) -> tuple[jax.Array, jax.Array]:
