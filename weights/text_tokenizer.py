@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -333,14 +332,3 @@ def _byte_letters() -> str:
 
 
 BYTE_LETTERS = _byte_letters()
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a tokenizer's file. Raises InputError."""
-    try:
-        value = json.loads(read_bytes(path).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not JSON or UTF-8, or nested too deep
-        raise InputError(f"{path} is not JSON ({quote(str(error))})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
