@@ -58,6 +58,10 @@ def gguf(tokens=(*BYTES, "he", EOS, BOS, "<tool>"), merges=("h e",), **changes):
     return {f"tokenizer.ggml.{key}": value for key, value in fields.items() if value is not None}
 
 
+def without(key):
+    return {name: value for name, value in gguf().items() if name != f"tokenizer.ggml.{key}"}
+
+
 PIECES = [
     "<unk>",
     "<s>",
