@@ -214,6 +214,7 @@ def test_sentencepieces_defaults_are_llama_cpps():
     assert from_gguf(spm(), 300).prefix == (1,) and from_gguf(spm(), 300).prefix_text == "<s>"
     assert from_gguf(spm(bos_token_id=2), 300).prefix == (2,)
     assert from_gguf(spm(add_bos_token=False), 300).prefix == ()
+    assert from_gguf(spm(), 300).encode("<unk>b")[0] == 0
     assert from_gguf(spm(add_space_prefix=False), 300).encode("ab") == [AB]
     assert from_gguf(spm(add_space_prefix=False), 300).decode([SPACE, AB]) == " ab"
     without_bytes = ["<unk>", "<s>", "</s>", *PIECES[259:]]
@@ -353,6 +354,12 @@ def test_transformers_is_asked_in_a_process_that_sees_tokenizer_files_alone(tmp_
     assert seen == {"files": ["tokenizer.json", "tokenizer_config.json"], "modules": ["-m", "weights.transformers_ids"]}
 
 
+def test_transformers_itself_agrees_on_a_class_that_it_does_not_rebuild(tmp_path, plain):
+    pytest.importorskip("transformers")
+    own = template(plain, f"{BOS} $A", BOS)
+    assert transformers_ids.ids_by_transformers(hf(tmp_path, own, FAST)) == own.encode(PROBE).ids
+
+
 @pytest.mark.parametrize(
     "single, special, config, prefix",
     [
@@ -395,7 +402,8 @@ def test_cutting_and_padding_that_a_file_asks_for_are_not_done(tmp_path, plain):
     cut = copy.deepcopy(plain)
     cut.enable_truncation(5)
     cut.enable_padding(length=9)
-    assert from_hugging_face(hf(tmp_path, cut), 500).encode(TEXT) == plain.encode(TEXT).ids
+    own = from_hugging_face(hf(tmp_path, cut), 500)
+    assert own.encode(TEXT) == plain.encode(TEXT).ids and own.encode("a") == plain.encode("a").ids
 
 
 def test_ids_that_the_model_has_not_are_refused_or_warned_of(tmp_path, plain):
@@ -427,7 +435,8 @@ def test_vocab_and_merges_are_cut_as_their_class_says(tmp_path):
     files["merges__txt"] = "\n".join(["#version: 0.2", *merges, ""])
     for cls, name in (("GPT2Tokenizer", "gpt-2"), ("Qwen2Tokenizer", "qwen2")):
         own = from_hugging_face(hf(tmp_path, config={"tokenizer_class": cls}, **files), 700)
-        text = PROBE.replace("e\u0301", "é")  # Qwen2's composes
+        text = PROBE.replace("e\u0301", "é")
+        assert (own.encode("e\u0301") == own.encode("é")) is (cls == "Qwen2Tokenizer")
         assert own.encode(text) == from_gguf(gguf(tokens, merges, pre=name), 700).encode(text)
     more = hf(tmp_path, added_tokens__json=json.dumps({"<two>": len(tokens) + 1, "<one>": len(tokens)}))
     assert from_hugging_face(more, 800).encode("<two><one>") == [len(tokens) + 1, len(tokens)]
@@ -686,6 +695,25 @@ def test_the_first_ids_are_those_of_the_whole_text(llama3, text):
     whole = llama3.encode(text)
     for needed in (1, 100, 1000):
         assert llama3.encode_first(text, needed) == llama3.encode_first(io.StringIO(text), needed) == whole[:needed]
+
+
+def test_a_cut_text_ends_in_other_tokens_which_are_not_used(tmp_path, plain):
+    chains = [
+        "ijklmnopq",
+        "abcdefgh",
+    ]  # 9 letters, then 8 a token: FIRST_READ's cut is one letter short of a token's end
+    steps = [(word[:end], word[end]) for word in chains for end in range(1, len(word))]
+    tokens = [*BYTES, *("".join(pair) for pair in steps)]
+    letters = from_gguf(gguf(tokens, [" ".join(pair) for pair in steps]), 300)
+    text = chains[0] + chains[1] * 500
+    groups = pre_tokenizers.Split(Regex(r"\d{1,3}(?=(?:\d{3})*\b)"), "isolated")  # from a number's end
+    own = copy.deepcopy(plain)
+    own.pre_tokenizer = pre_tokenizers.Sequence([groups, own.pre_tokenizer])
+    own = from_hugging_face(hf(tmp_path, own), 500)
+    numbers = " ".join(str(i) * 101 for i in range(1000, 1060))
+    for needed in range(2, 200, 3):
+        assert letters.encode_first(text, needed) == letters.encode(text)[:needed]
+        assert own.encode_first(numbers, needed) == own.encode(numbers)[:needed]
 
 
 @pytest.mark.parametrize("unit", [" ", "-", "a", "\n", "The cat sat. ", "日"])

@@ -147,7 +147,10 @@ def _leading(mask: Sequence[int]) -> int:
 
 
 def _cut(text: str) -> str:
-    """`text` up to its last word, where a space stands among the last 1000 characters: no token reaches over it."""
+    """`text` up to its last word, where a space stands among the last 1000 characters.
+
+    No token reaches over it; within a word or number a cut can change tokens far before it.
+    """
     place = max((match.start() for match in re.finditer(r"\S ", text[-1000:])), default=None)
     return text if place is None else text[: max(len(text) - 1000, 0) + place + 1]
 
