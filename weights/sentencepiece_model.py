@@ -23,7 +23,7 @@ from weights.text_tokenizer import (
     set_template,
 )
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of a piece; 5 is unused
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of a piece; 5 is unused, 6 a byte
 UNIGRAM, BPE = 1, 2  # types of a model
 UNKNOWN_PENALTY = 10.0  # below the lowest score; so do both libraries
 
@@ -97,10 +97,14 @@ def rebuild(model: Model) -> Tokenizer:
 def _unigram_scores(model: Model) -> list[tuple[str, float]]:
     """SentencePiece never takes control and byte pieces from a text, and a user-defined one whenever it is there."""
     normal = [score for _, score, kind in model.pieces if kind == NORMAL]
-    best, worst = max([0.0, *normal]), min([0.0, *normal])
-    scores = {NORMAL: lambda text, score: score, USER_DEFINED: lambda text, score: len(text.encode()) * best - 0.1}
-    never = lambda text, score: worst - UNKNOWN_PENALTY  # noqa: E731
-    return [(text, scores.get(kind, never)(text, score)) for text, score, kind in model.pieces]
+    best, never = max([0.0, *normal]), min([0.0, *normal]) - UNKNOWN_PENALTY
+
+    def score_of(text: str, score: float, kind: int) -> float:
+        if kind == USER_DEFINED:
+            return len(text.encode()) * best - 0.1
+        return score if kind == NORMAL else never
+
+    return [(text, score_of(text, score, kind)) for text, score, kind in model.pieces]
 
 
 def _normalizer(model: Model) -> normalizers.Normalizer:

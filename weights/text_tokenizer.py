@@ -55,6 +55,9 @@ class Point<T> { constructor(private x: T) {} get X() { return this.x ?? null; }
 camelCase, snake_case, SCREAMING_CASE, kebab-case, XMLHttpRequest, v1.2.3-rc4, 0xDEADBEEF, 1e-5, 192.168.0.1, #ff8800.
 😀😃 👍🏽 👩\u200d👩\u200d👧\u200d👦 🇫🇷🇯🇵 ❤️ ☕ → ≤ ≠ ∑ √ € £ ¥ ₹ © ™ … — – “quoted” ‘single’ «guillemets» 「鍵」 ¿qué?
 no\u00a0break, em\u2003space, zero\u200bwidth, soft\u00adhyphen, line\u2028separator, wide\u3000space,
+ἐν ἀρχῇ ἦν ὁ λόγος; தமிழ், తెలుగు, ខ្មែរ, አማርኛ, ᏣᎳᎩ, 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝟙𝟚𝟛, Å Å ﾊﾝｶｸ ＡＢＣ１２３
+~`^| += <> '' "" ``code`` \u202eright\u202c. 1st, 2nd, 3rd, 100th; 5'10", 37°C, 2^10=1024, §4(b)(ii), 50/50,
+24/7, A4, B-52, C3PO, H2O, CO₂, x² + y³.
 ........ -------- ======== !!!??? aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa                           000000000000000001
 """
 
@@ -70,7 +73,7 @@ def call_library(what: str, call: Callable[..., T], *arguments: Any, **options: 
     except BaseException as error:  # it raises Exception itself, and a Rust panic is a BaseException
         if not (isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"):
             raise  # Ctrl-C
-        raise InputError(f"{what} is not a usable tokenizer: {quote(str(error).strip())}") from error
+        raise InputError(f"{what} cannot be used by the tokenizers library: {quote(str(error).strip())}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +88,11 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The text's ids alone: nothing is put before or behind it. Raises InputError for what is no Unicode text."""
-        return call_library("this text with this tokenizer", self.backend.encode, text, add_special_tokens=False).ids
+        return call_library("the text", self.backend.encode, text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens are spelled out."""
-        return call_library("the stored file", self.backend.decode, list(ids), skip_special_tokens=False)
+        return call_library("these ids", self.backend.decode, list(ids), skip_special_tokens=False)
 
     @functools.cached_property
     def probe(self) -> Encoding:
