@@ -151,9 +151,8 @@ def _manifest(values: Fields) -> Manifest:
         raise values.refused("dtype", f"one of {', '.join(DTYPES)}")
     config = LlamaConfig.from_dict(values.object("config"))
     chunks, shapes = values.within("chunks"), chunk_shapes(config)
-    if chunks.values.keys() != shapes.keys():
-        odd = sorted(chunks.values.keys() ^ shapes.keys())[0]
-        raise InputError(f"lists other chunks than its config needs: {quote(odd)} is only in one of the two")
+    if unknown := sorted(chunks.values.keys() - shapes.keys()):
+        raise InputError(f"lists the chunk {quote(unknown[0])}, which its config does not need")
     for name, shape in shapes.items():
         _check_entry(chunks.within(name), count_scalars(shape) * DTYPES[dtype].itemsize)
     tokenizer = values.within("tokenizer")

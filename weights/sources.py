@@ -178,8 +178,11 @@ def _safetensors_files(folder: Path) -> list[Path]:
         weight_map = Fields(values).within("weight_map")
         names = {weight_map.text(key) for key in weight_map.values}
         for name in sorted(names):  # a name with a folder in it would have us read files that nobody has given us
-            if not name or any(path(name).name != name for path in (PurePosixPath, PureWindowsPath)):
-                raise InputError(f"weight_map: expected names of files in the same folder, got {quote(name)}")
+            plain = all(path(name).name == name for path in (PurePosixPath, PureWindowsPath))
+            if not plain or not name.endswith(".safetensors"):
+                raise InputError(
+                    f"weight_map: expected names of .safetensors files in the same folder, got {quote(name)}"
+                )
             if not (folder / name).is_file():
                 raise InputError(f"{quote(name)} is missing, and weight_map names it")
         if not names:
