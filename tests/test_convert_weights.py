@@ -205,6 +205,9 @@ def test_what_a_killed_conversion_leaves_is_removed_by_the_next(source, tmp_path
     assert any(path.name.startswith(".out.new-") for path in tmp_path.iterdir())
     assert cw.convert(source, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == [source, tmp_path / "out"]
+    (tmp_path / ".out.old-1").mkdir()
+    assert not cw.convert(source, tmp_path / "out")  # nothing else to do, and yet
+    assert sorted(tmp_path.iterdir()) == [source, tmp_path / "out"]
 
 
 def test_a_conversion_that_another_process_makes_is_waited_for_and_used(source, tmp_path, capsys):

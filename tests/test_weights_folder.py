@@ -151,6 +151,7 @@ def test_what_is_no_weights_folder_is_refused_with_what_to_type(tmp_path):
         (tmp_path / name).touch()
     sentences["x.gguf"] = "is a checkpoint, not a weights folder; convert it first: python convert_weights.py --input"
     sentences["x.txt"] = "is not a folder; make one with convert_weights.py"
+    sentences["x" * 300] = "cannot be read .File name too long."
     for name, match in sentences.items():
         with pytest.raises(InputError, match=match):
             read_manifest(tmp_path / name)

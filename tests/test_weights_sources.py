@@ -227,6 +227,7 @@ def test_an_input_that_is_none_is_refused_with_what_to_type(tmp_path, monkeypatc
         "hf model/config.json": "is one file of a checkpoint; give its folder: --input 'hf model'",
         "ggufs": "is a folder with a GGUF file in it; give the file: --input ggufs/x.gguf",
         "done": "is converted already; run it: python benchmark_kascade_final.py --weights_dir done",
+        "x" * 300: "x cannot be read .File name too long.",
         "empty": "input folder empty is not a checkpoint: expected config.json with model.safetensors",
     }.items():
         refused(Path(name), InputError, match)

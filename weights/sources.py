@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from errors import InputError, UnsupportedError, quote
 from weights.config import LlamaConfig, RopeScaling, rope_frequencies
-from weights.fields import Fields, in_file, read_json
+from weights.fields import Fields, in_file, read_json, reading
 from weights.folder import DTYPES, MANIFEST
 from weights.gguf_file import GgufTensor, read_gguf
 from weights.tokenizers import TextTokenizer, from_gguf, from_hugging_face, from_meta
@@ -96,13 +96,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
       InputError: nothing there, or no checkpoint of a known kind, or a damaged one.
       UnsupportedError: a checkpoint of a kind that is known, with an architecture or feature that is not computed.
     """
-    if path.is_file() and path.suffix not in FOLDER_FILES:
-        return _open_gguf(path)
-    if (path / "config.json").is_file():
-        return _open_hugging_face(path)
-    if (path / "params.json").is_file():
-        return _open_meta(path)
-    raise InputError(_why_no_checkpoint(path))
+    with reading(path):
+        if path.is_file() and path.suffix not in FOLDER_FILES:
+            return _open_gguf(path)
+        if (path / "config.json").is_file():
+            return _open_hugging_face(path)
+        if (path / "params.json").is_file():
+            return _open_meta(path)
+        raise InputError(_why_no_checkpoint(path))
 
 
 FOLDER_FILES = (".safetensors", ".pth", ".bin", ".json", ".pt")  # the files of a checkpoint that is a folder
