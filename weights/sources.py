@@ -312,7 +312,7 @@ def _compare_shards(
 OLDEST_TORCH = (2, 6)  # before it, a file could run code even though it is loaded with weights_only (CVE-2025-32434)
 PTH_ERRORS = (  # what torch.load raises at damaged bytes, or at bytes made to do harm
     *(RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError),
-    *(ArithmeticError, AssertionError, MemoryError, struct.error),
+    *(ArithmeticError, AssertionError, MemoryError, OSError, struct.error),
 )
 
 
