@@ -64,6 +64,7 @@ WHOLE = "must be a whole number of at least 1, got "
 SENSELESS = {  # a change -> the sentence
     f"^num_hidden_layers {WHOLE}0$": {"num_hidden_layers": 0},
     f"^num_attention_heads {WHOLE}False$": {"num_attention_heads": False},
+    f"^num_key_value_heads {WHOLE}True$": {"num_key_value_heads": True},
     f"^hidden_size {WHOLE}'24'$": {"hidden_size": "24"},
     f"^intermediate_size {WHOLE}None$": {"intermediate_size": None},
     rf"^num_key_value_heads {WHOLE}\[2\]$": {"num_key_value_heads": [2]},
