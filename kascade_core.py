@@ -102,8 +102,8 @@ class Selection:
     def _check_room(self) -> None:
         if self.top_k < self.num_kept_tiles:
             raise InputError(
-                f"top_k must be at least {self.num_kept_tiles}, for every query tile keeps {self.own_tiles} of its own, "
-                f"{self.sink_tiles} sink_tiles and {self.local_tiles} local_tiles, got {self.top_k}"
+                f"top_k must be at least {self.num_kept_tiles}: every query tile keeps {self.own_tiles} of its own, "
+                f"{self.sink_tiles} sink_tiles and {self.local_tiles} local_tiles; got {self.top_k}"
             )
 
     @property

@@ -1,339 +1,79 @@
-"""The Flax LLaMA: configuration, chunked weights, layers, and the loop that hands tiles from anchor to reuse layer."""
+"""The Flax LLaMA: layers, the loop that hands tiles from anchor to reuse layers, its loss, and its compilation."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
-import pickle
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from kascade_core import ANCHOR, DENSE, EXACT, InputError, LayerPlan, Selection, freeze_schedule
-from kascade_kernels import choose_tiles, dense_attention, gather_keys, matmul, reuse_attention, score_tiles
-from kascade_layout import Layout, pad_axis, tile_count
-
-# --- Configuration ---
-
-
-def _check_positive(config: Any, names: Sequence[str]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise InputError(f"model config: {name} must be a number above 0, got {value!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """LLaMA 3's stretching of the low RoPE frequencies (field names and formula: Hugging Face's "llama3" rope type)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        _check_positive(self, [field.name for field in dataclasses.fields(self)])
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise InputError(
-                f"model config: low_freq_factor ({self.low_freq_factor}) must be below "
-                f"high_freq_factor ({self.high_freq_factor})"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of one LLaMA model; every name is that of a Hugging Face `LlamaConfig`.
-
-    Raises:
-      InputError: a size below 1, an odd head_dim, or query heads that do not divide into the KV heads' groups.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = False
-    rope_scaling: RopeScaling | None = None
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self)[:8]:
-            value = getattr(self, field.name)
-            if type(value) is not int or value < 1:
-                raise InputError(f"model config: {field.name} must be a whole number of at least 1, got {value!r}")
-        _check_positive(self, ("rope_theta", "rms_norm_eps"))
-        if type(self.tie_word_embeddings) is not bool:
-            raise InputError(
-                f"model config: tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}"
-            )
-        if self.head_dim % 2:
-            raise InputError(f"model config: head_dim must be even for RoPE, got {self.head_dim}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"model config: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LlamaConfig:
-        """The inverse of `dataclasses.asdict`, as the manifest stores it."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise InputError(f"model config: unknown fields {unknown}; known are {sorted(known)}")
-        scaling = values.get("rope_scaling")
-        try:
-            return cls(**{**values, "rope_scaling": RopeScaling(**scaling) if scaling else None})
-        except TypeError as error:
-            raise InputError(f"model config: {error}") from error
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
-        """Maps a Hugging Face config.json (as a dict), of old (`rope_scaling`) or new (`rope_parameters`) transformers.
-
-        Raises:
-          NotImplementedError: an architecture, or a feature of one, that this model does not compute.
-          InputError: a field that is missing or senseless.
-        """
-        _refuse_unsupported(config)
-        rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-        try:
-            num_heads = config["num_attention_heads"]
-            return cls(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_hidden_layers=config["num_hidden_layers"],
-                num_attention_heads=num_heads,
-                num_key_value_heads=config.get("num_key_value_heads") or num_heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // num_heads,
-                max_position_embeddings=config.get("max_position_embeddings", 2048),
-                rope_theta=float(theta),
-                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-                tie_word_embeddings=config.get("tie_word_embeddings", False),
-                rope_scaling=_rope_scaling_from_hf(rope),
-            )
-        except KeyError as error:
-            raise InputError(f"model config: {error} is missing") from error
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    architectures = config.get("architectures") or []
-    model_type = config.get("model_type", "llama")
-    if model_type != "llama" or any(name != "LlamaForCausalLM" for name in architectures):
-        name = ", ".join(architectures) or model_type
-        raise NotImplementedError(f"architecture {name} (model_type {model_type}) is not supported; only llama is")
-    for feature in ("attention_bias", "mlp_bias", "sliding_window"):
-        if config.get(feature):
-            raise NotImplementedError(f"{feature}={config[feature]} is not supported by this LLaMA")
-    if config.get("hidden_act", "silu") != "silu":
-        raise NotImplementedError(f"hidden_act={config['hidden_act']} is not supported; only silu is")
-
-
-def _rope_scaling_from_hf(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise NotImplementedError(f"rope_type {kind} is not supported; default and llama3 are")
-    return RopeScaling(**{field.name: rope[field.name] for field in dataclasses.fields(RopeScaling)})
-
-
-# --- Chunked weights: the format that convert_weights.py writes ---
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-EMBEDDINGS_CHUNK = "embeddings.pkl"
-DTYPES = {  # the dtypes that a chunk may hold, by the name the manifest gives them
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-
-
-def layer_chunk(layer: int) -> str:
-    """The file name of one layer's chunk."""
-    return f"layer_{layer}.pkl"
-
-
-def chunk_shapes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
-    """Every chunk's file name with the nested dict of shapes it holds; matrices are [in, out]."""
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    NH = config.num_attention_heads * config.head_dim
-    KH = config.num_key_value_heads * config.head_dim
-    layer = {
-        "attention": {"wq": (D, NH), "wk": (D, KH), "wv": (D, KH), "wo": (NH, D)},
-        "feed_forward": {"w1": (D, F), "w2": (F, D), "w3": (D, F)},
-        "attention_norm": (D,),
-        "ffn_norm": (D,),
-    }
-    embeddings = {"tok_embeddings": (V, D), "norm": (D,)}
-    if not config.tie_word_embeddings:
-        embeddings["output"] = (D, V)
-    return {EMBEDDINGS_CHUNK: embeddings} | {layer_chunk(i): layer for i in range(config.num_hidden_layers)}
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_manifest(weights_dir: Path) -> dict[str, Any]:
-    """Reads and checks a weights folder's manifest; its "config" comes back as a `LlamaConfig`.
-
-    Raises:
-      InputError: no such folder, an empty one, no manifest, or one that cannot be read, is of another version, or lists
-        other chunks than its config needs.
-    """
-    if not weights_dir.is_dir():
-        problem = "is not a folder" if weights_dir.exists() else "does not exist"
-        raise InputError(f"weights folder {weights_dir} {problem}; make one with convert_weights.py")
-    if not any(weights_dir.iterdir()):
-        raise InputError(f"weights folder {weights_dir} is empty; make it with convert_weights.py")
-    path = weights_dir / MANIFEST
-    if not path.is_file():
-        raise InputError(f"weights folder {weights_dir} has no {MANIFEST}; make it anew with convert_weights.py")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise InputError(f"{path} has format version {version!r}; this program reads version {FORMAT_VERSION}")
-        manifest["config"] = LlamaConfig.from_dict(manifest["config"])
-        for entry in manifest["chunks"].values():
-            entry["bytes"], entry["sha256"]
-        for key in ("model", "dtype", "source"):
-            if type(manifest[key]) is not str:
-                raise TypeError(f"{key} is {type(manifest[key]).__name__}, not text")
-        if manifest["dtype"] not in DTYPES:
-            raise InputError(f"{path}: dtype {manifest['dtype']!r}; expected one of {sorted(DTYPES)}")
-        fits = len(manifest["chunks"]) == manifest["config"].num_hidden_layers + 1  # before an absurd number is built
-        if not fits or set(manifest["chunks"]) != set(chunk_shapes(manifest["config"])):
-            raise InputError(f"{path} lists other chunks than its config needs; convert the model anew")
-        return manifest
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}); convert the model anew") from error
-
-
-def check_chunk(path: Path, expected: Mapping[str, Any]) -> None:
-    """Compares a chunk file with the manifest's {"bytes", "sha256"} for it.
-
-    Raises:
-      InputError: the chunk is missing, of another size, or altered.
-    """
-    if not path.is_file():
-        raise InputError(f"weights chunk {path} is missing; convert the model anew")
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        raise InputError(f"weights chunk {path} has {size} bytes, expected {expected['bytes']}; convert the model anew")
-    if sha256_of(path) != expected["sha256"]:
-        raise InputError(f"weights chunk {path} was altered (its SHA-256 differs); convert the model anew")
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and builtin containers only: a pickle is a program, and this one may not run any."""
-
-    ALLOWED = {
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("ml_dtypes", "bfloat16"),
-        *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
-        *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only numpy arrays are allowed")
-        return super().find_class(module, name)
-
-
-UNPICKLING_ERRORS = (  # what damaged bytes, or bytes made to do harm, may raise
-    *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError),
-    *(OverflowError, MemoryError, RecursionError),
+import attention
+from attention.sharding import (
+    AXIS,
+    ROWS,
+    TILES,
+    WHOLE,
+    Layout,
+    compile_ahead,
+    gather_keys,
+    pad_axis,
+    place,
+    shard,
 )
+from attention.xla import matmul
+from kascade_core import ANCHOR, DENSE, LayerPlan, Selection, freeze_schedule, tile_count
+from weights.config import LlamaConfig, RopeScaling, chunk_shapes, layer_chunk, rope_frequencies
+from weights.folder import EMBEDDINGS_CHUNK, Manifest, read_chunks
 
+__all__ = ["Forward", "LlamaConfig", "LlamaModel", "RopeScaling", "count_parameters", "load_weights"]
 
-def _load_chunk(path: Path, shapes: Mapping[str, Any], dtype: np.dtype) -> dict[str, Any]:
-    """Unpickles one chunk and checks that it holds exactly the named arrays, of this dtype, all finite."""
-    try:
-        with path.open("rb") as file:
-            chunk = _ArrayUnpickler(file).load()
-    except UNPICKLING_ERRORS as error:
-        raise InputError(f"weights chunk {path} was refused: {error}") from error
-    _check_tree(chunk, shapes, dtype, path.name)
-    return chunk
-
-
-def _check_tree(tree: Any, shapes: Mapping[str, Any], dtype: np.dtype, where: str) -> None:
-    if not isinstance(tree, dict) or set(tree) != set(shapes):
-        got = sorted(map(str, tree)) if isinstance(tree, dict) else type(tree).__name__
-        raise InputError(f"weights {where}: expected the keys {sorted(shapes)}, got {got}")
-    for name, shape in shapes.items():
-        leaf = tree[name]
-        if isinstance(shape, Mapping):
-            _check_tree(leaf, shape, dtype, f"{where}/{name}")
-        elif not isinstance(leaf, np.ndarray) or leaf.shape != shape or leaf.dtype != dtype:
-            got = f"{leaf.dtype} {leaf.shape}" if isinstance(leaf, np.ndarray) else type(leaf).__name__
-            raise InputError(f"weights {where}/{name}: expected {dtype} {shape}, got {got}")
-        elif not np.isfinite(leaf).all():
-            raise InputError(f"weights {where}/{name}: has NaN or infinite values")
+# --- Weights ---
 
 
 def load_weights(
-    weights_dir: Path, dtype: Any | None = None, mesh: Mesh | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Loads a converted model, every chunk checked against the manifest.
+    weights_dir: Path, manifest: Manifest, dtype: Any | None = None, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Loads a converted model, every chunk checked against the manifest, one chunk at a time.
 
     Args:
       weights_dir: the folder that convert_weights.py wrote.
+      manifest: that of the folder.
       dtype: what the matrices become on the way to the device (norms become float32); as stored when left out.
       mesh: whose devices each get all of them; the default device alone when left out.
 
     Returns:
-      The manifest, its "config" a `LlamaConfig`; and the variables for `LlamaModel.apply`, {"params": ...}.
+      The variables for `LlamaModel.apply`, {"params": ...}.
 
     Raises:
-      InputError: the folder, its manifest or a chunk is missing, damaged, altered or not what the config says.
+      InputError: a chunk is missing, damaged, altered or not what the config says.
     """
-    manifest = read_manifest(weights_dir)
-    stored, shapes = DTYPES[manifest["dtype"]], chunk_shapes(manifest["config"])
     params: dict[str, Any] = {}
-    for name, shape in tqdm(shapes.items(), desc="loading", unit="chunk", disable=None, leave=False):
-        check_chunk(weights_dir / name, manifest["chunks"][name])
-        chunk = _load_chunk(weights_dir / name, shape, stored)
-        chunk = jax.tree.map(lambda leaf: _place(leaf, dtype or stored, mesh), chunk)
+    chunks = tqdm(
+        read_chunks(weights_dir, manifest), "loading", len(manifest.chunks), unit="chunk", disable=None, leave=False
+    )
+    for name, chunk in chunks:
+        chunk = jax.tree.map(lambda leaf: place(_as_stored(leaf, dtype), mesh), chunk)
         params |= chunk if name == EMBEDDINGS_CHUNK else {name.removesuffix(".pkl"): chunk}
-    return manifest, {"params": params}
+    return {"params": params}
 
 
-def _place(leaf: np.ndarray, dtype: Any, mesh: Mesh | None) -> jax.Array:
-    placed = _aligned_empty(leaf.shape, np.dtype(np.float32 if leaf.ndim == 1 else dtype))
-    placed[...] = leaf
-    return jax.device_put(placed, NamedSharding(mesh, PartitionSpec()) if mesh else None)
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array that begins at a multiple of 64 bytes: JAX's CPU devices then share its memory instead of copying it."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
+def _as_stored(leaf: np.ndarray, dtype: Any | None) -> np.ndarray:
+    """`leaf` in its final dtype, at a multiple of 64 bytes: JAX's CPU devices then share its memory, not copy it."""
+    dtype = np.dtype(np.float32 if leaf.ndim == 1 else dtype or leaf.dtype)
+    memory = np.empty(math.prod(leaf.shape) * dtype.itemsize + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+    stored = memory[start : start + leaf.size * dtype.itemsize].view(dtype).reshape(leaf.shape)
+    stored[...] = leaf
+    return stored
 
 
 def count_parameters(params: Any) -> int:
@@ -341,33 +81,23 @@ def count_parameters(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-# --- The model ---
+# --- Layers ---
+
+Rope = tuple[jax.Array, jax.Array]  # cos and sin, float32 [T, 1, H / 2] each
+
+VOCAB_CHUNK = 1024  # tokens of the vocabulary in one product of the loss: its logits are no larger than the MLP's rows
+MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F columns are the widest array of a layer
+
+_matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """float64 [H / 2], radians a token; RoPE (arXiv 2104.09864) with LLaMA 3's scaling where the config has it.
-
-    LLaMA 3.1 divides the frequency of wavelengths above original / low_freq_factor by `factor`, keeps those under
-    original / high_freq_factor, and goes over from one to the other linearly in original / wavelength.
-    """
-    H = config.head_dim
-    frequencies = config.rope_theta ** (-np.arange(0, H, 2, dtype=np.float64) / H)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
-
-
-def rope_table(config: LlamaConfig, positions_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cos and sin of every position's angles, float32 [T, 1, H / 2] each."""
+def rope_table(config: LlamaConfig, positions_T: jax.Array) -> Rope:
+    """Cos and sin of every position's angles (RoPE, arXiv 2104.09864)."""
     angles = positions_T.astype(jnp.float32)[:, None, None] * jnp.asarray(rope_frequencies(config), jnp.float32)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
     """Rotates the pairs (i, i + H / 2), Hugging Face's order, in float32."""
     cos, sin = rope
     low, high = jnp.split(x_BTNH, 2, axis=-1)
@@ -385,72 +115,33 @@ def _linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any) -> jax.Array:
     return matmul("BTD,DF->BTF", x_BTD.astype(dtype), w_DF.astype(dtype))
 
 
-VOCAB_CHUNK = 1024  # tokens of the vocabulary in one product of the loss: its logits are no larger than the MLP's rows
-
-MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F columns are the widest array of a layer
-
-_matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-
-
 class Attention(nn.Module):
-    """Grouped-query attention that attends as its `plan` says.
-
-    `__call__(x_BTD, rope, tiles_BKQC, layout)` returns out_BTD (float32) and the tiles it chose, None unless it is an
-    anchor or calibrates; `tiles_BKQC` are those of the anchor that a REUSE layer names, in the anchor's head order.
-    """
+    """The projections of grouped-query attention; what is attended to in between is the block's affair."""
 
     config: LlamaConfig
-    plan: LayerPlan
-    selection: Selection
-    calibrate: bool
     dtype: Any
-    kernel: str | None
 
     def setup(self) -> None:
         for name, shape in chunk_shapes(self.config)[layer_chunk(0)]["attention"].items():
             setattr(self, name, self.param(name, _matrix_init, shape))
 
-    def __call__(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], tiles_BKQC: jax.Array | None, layout: Layout
-    ) -> tuple[jax.Array, jax.Array | None]:
-        q_BTNH, k_BKHS = self.queries_and_keys(x_BTD, rope, layout)
-        v_BTKH = self._heads(x_BTD, self.wv).astype(self.dtype)
-        v_BKSH = gather_keys(v_BTKH.transpose(0, 2, 1, 3), 2, layout)
-        out_BTNH, chosen_BKQC = self._attend(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, layout)
-        if chosen_BKQC is not None:
-            self.sow("kascade", "tiles", chosen_BKQC, reduce_fn=lambda _, new: new)
-        return _linear(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.wo, self.dtype), chosen_BKQC
-
-    def _heads(self, x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
-        return _linear(x_BTD, w_DF, self.dtype).reshape(*x_BTD.shape[:2], -1, self.config.head_dim)
-
-    def queries_and_keys(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], layout: Layout
-    ) -> tuple[jax.Array, jax.Array]:
+    def queries_and_keys(self, x_BTD: jax.Array, rope: Rope, layout: Layout) -> tuple[jax.Array, jax.Array]:
         """This shard's q_BTNH and the whole sequence's k_BKHS, after RoPE."""
         q_BTNH = apply_rope(self._heads(x_BTD, self.wq), rope).astype(self.dtype)
         k_BTKH = apply_rope(self._heads(x_BTD, self.wk), rope).astype(self.dtype)
         return q_BTNH, gather_keys(k_BTKH.transpose(0, 2, 3, 1), 3, layout)
 
-    def _attend(
-        self,
-        q_BTNH: jax.Array,
-        k_BKHS: jax.Array,
-        v_BKSH: jax.Array,
-        tiles_BKQC: jax.Array | None,
-        layout: Layout,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        plan, where = self.plan, {"layout": layout, "implementation": self.kernel}
-        chosen_BKQC = None
-        if plan.mode == ANCHOR or self.calibrate:
-            budget = {} if plan.keep is None else {"top_k": plan.keep, "density": None, "ranked": True}
-            selection = dataclasses.replace(self.selection, **budget)
-            chosen_BKQC = choose_tiles(q_BTNH, k_BKHS, selection=selection, **where)
-        if plan.mode == DENSE:
-            return dense_attention(q_BTNH, k_BKHS, v_BKSH, **where), chosen_BKQC
-        tiles_BKQC = chosen_BKQC if plan.mode == ANCHOR else tiles_BKQC[:, jnp.array(plan.head_map)]
-        budgets = {"selection": self.selection, "budgets": plan.budgets}
-        return reuse_attention(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, **budgets, **where), chosen_BKQC
+    def values(self, x_BTD: jax.Array, layout: Layout) -> jax.Array:
+        """The whole sequence's v_BKSH."""
+        v_BTKH = self._heads(x_BTD, self.wv).astype(self.dtype)
+        return gather_keys(v_BTKH.transpose(0, 2, 1, 3), 2, layout)
+
+    def output(self, out_BTNH: jax.Array) -> jax.Array:
+        """The heads' results, projected back to [B, T, D], float32."""
+        return _linear(out_BTNH.reshape(*out_BTNH.shape[:2], -1), self.wo, self.dtype)
+
+    def _heads(self, x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
+        return _linear(x_BTD, w_DF, self.dtype).reshape(*x_BTD.shape[:2], -1, self.config.head_dim)
 
 
 class FeedForward(nn.Module):
@@ -472,12 +163,15 @@ class FeedForward(nn.Module):
         chunks = next(n for n in range(tile_count(T, MLP_ROWS), T + 1) if T % n == 0)
         if chunks == 1:
             return apply(x_BTD)
-        x_JBRD = x_BTD.reshape(B, chunks, T // chunks, D).swapaxes(0, 1)
-        return jax.lax.map(apply, x_JBRD).swapaxes(0, 1).reshape(B, T, D)
+        x_chunks = x_BTD.reshape(B, chunks, T // chunks, D).swapaxes(0, 1)
+        return jax.lax.map(apply, x_chunks).swapaxes(0, 1).reshape(B, T, D)
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each after its norm and added to the residual stream (float32)."""
+    """One layer: attention as its `plan` says, then the feed-forward, each after its norm and added to the stream.
+
+    The residual stream x_BTD is float32.
+    """
 
     config: LlamaConfig
     plan: LayerPlan
@@ -490,80 +184,85 @@ class Block(nn.Module):
         D = self.config.hidden_size
         self.attention_norm = self.param("attention_norm", nn.initializers.ones, (D,))
         self.ffn_norm = self.param("ffn_norm", nn.initializers.ones, (D,))
-        self.attention = Attention(self.config, self.plan, self.selection, self.calibrate, self.dtype, self.kernel)
+        self.attention = Attention(self.config, self.dtype)
         self.feed_forward = FeedForward(self.config, self.dtype)
 
-    def __call__(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], tiles_BKQC: jax.Array | None, layout: Layout
-    ) -> tuple[jax.Array, jax.Array | None]:
-        x_BTD, chosen_BKQC = self.attend(x_BTD, rope, tiles_BKQC, layout)
-        return x_BTD + self.feed_forward(rms_norm(x_BTD, self.ffn_norm, self.config.rms_norm_eps)), chosen_BKQC
-
     def attend(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], tiles_BKQC: jax.Array | None, layout: Layout
+        self, x_BTD: jax.Array, rope: Rope, tiles_BKQC: jax.Array | None, layout: Layout
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The layer's first half."""
-        normed_BTD = rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
-        out_BTD, chosen_BKQC = self.attention(normed_BTD, rope, tiles_BKQC, layout)
-        return x_BTD + out_BTD, chosen_BKQC
+        """The first half. `tiles_BKQC` is what a REUSE layer attends to; beside the stream comes what was chosen."""
+        normed_BTD = self._normed(x_BTD)
+        q_BTNH, k_BKHS = self.attention.queries_and_keys(normed_BTD, rope, layout)
+        v_BKSH = self.attention.values(normed_BTD, layout)
+        sizes = {"layout": layout, "kernel": self.kernel}
+        chosen_BKQC = None
+        if self.plan.mode == ANCHOR or self.calibrate:
+            chosen_BKQC = attention.choose(q_BTNH, k_BKHS, selection=self._selection(), **sizes)
+        if self.plan.mode == DENSE:
+            out_BTNH = attention.dense(q_BTNH, k_BKHS, v_BKSH, **sizes)
+        else:
+            tiles_BKQC = self.plan.attended(chosen_BKQC) if self.plan.mode == ANCHOR else tiles_BKQC
+            sizes |= {"selection": self.selection, "budgets": self.plan.budgets}
+            out_BTNH = attention.reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, **sizes)
+        return x_BTD + self.attention.output(out_BTNH), chosen_BKQC
 
-    def score(self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], layout: Layout) -> jax.Array:
-        """Scores_BKQP, the masses that this layer would choose its tiles by."""
-        queries_and_keys = self.queries_and_keys(x_BTD, rope, layout)
-        return score_tiles(*queries_and_keys, selection=self.selection, layout=layout)
+    def feed(self, x_BTD: jax.Array) -> jax.Array:
+        """The second half."""
+        return x_BTD + self.feed_forward(rms_norm(x_BTD, self.ffn_norm, self.config.rms_norm_eps))
 
-    def queries_and_keys(
-        self, x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array], layout: Layout
-    ) -> tuple[jax.Array, jax.Array]:
+    def score(self, x_BTD: jax.Array, rope: Rope, layout: Layout) -> jax.Array:
+        """scores_BKQP, the masses that this layer would choose its tiles by."""
+        q_BTNH, k_BKHS = self.queries_and_keys(x_BTD, rope, layout)
+        return attention.score(q_BTNH, k_BKHS, selection=self.selection, layout=layout)
+
+    def queries_and_keys(self, x_BTD: jax.Array, rope: Rope, layout: Layout) -> tuple[jax.Array, jax.Array]:
         """Those of this layer's attention (see `Attention`)."""
-        normed_BTD = rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
-        return self.attention.queries_and_keys(normed_BTD, rope, layout)
+        return self.attention.queries_and_keys(self._normed(x_BTD), rope, layout)
+
+    def _normed(self, x_BTD: jax.Array) -> jax.Array:
+        return rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
+
+    def _selection(self) -> Selection:
+        budget = self.plan.largest_budget
+        return self.selection if budget is None else self.selection.with_top_k(budget)
+
+
+# --- The model ---
+
+
+class Comparison(NamedTuple):
+    """Two residual streams' predictions of the same tokens; float32 [B, T], natural logarithms; `same_top1` bool."""
+
+    dense_nll: jax.Array
+    sparse_nll: jax.Array
+    kl: jax.Array  # sum over the vocabulary of p_dense (log p_dense - log p_sparse)
+    same_top1: jax.Array  # whether the likeliest token is the same
 
 
 class LlamaModel(nn.Module):
-    """A LLaMA whose layers attend as `schedule` says: {layer: (mode, anchor[, head_map[, budgets]])}, None: densely.
+    """A LLaMA whose layers attend as `schedule` says.
 
-    `apply(params, ids_BT)` returns float32 logits_BTV; with `mutable=["kascade"]` also the tiles that the anchors
-    chose, which `kascade_core.publish_tiles` puts into KASCADE_CACHE. The schedule is validated and frozen, so that
-    the module can be hashed (see `kascade_core.freeze_schedule` for its errors).
-
-    `next_token_nll` works on one shard's part of a sequence; `kascade_core.compile_forward` cuts a sequence into such
-    parts and puts the results together.
+    `apply(params, ids_BT)` returns float32 logits_BTV. `compile` gives the forward with its loss, over a mesh.
 
     Attributes:
       config: the model's shape.
-      schedule: as above; held as a tuple of `LayerPlan`.
-      tile_size: tokens in a tile, at least 1.
-      top_k: tiles that an anchor keeps per query tile and KV head, at least 1.
-      sink_tiles: the sequence's first tiles, kept by every anchor whatever their mass; they count among the top_k.
-      query_tile: tokens that share one choice of tiles, a multiple or divisor of tile_size; tile_size when left out.
-      local_tiles: key tiles before a query tile's own, kept likewise.
-      density: instead of top_k, the share of the causal key tiles that an anchor keeps.
-      anchor_scoring: "exact", or "fast" from a few rows of each query tile (see `kascade_core.Selection`).
-      calibrate: dense layers choose and sow tiles as well, and attend to everything all the same.
+      schedule: {layer: (mode, anchor or None)} or a `LayerPlan` for each layer; None is dense throughout. It is
+        validated and held as a tuple, so that the module can be hashed (errors: `kascade_core.freeze_schedule`).
+      selection: how anchors choose tiles.
+      calibrate: dense layers choose tiles as well, and attend to everything all the same.
       dtype: of the inputs of every matrix product; sums, norms, softmax and loss are float32.
-      kernel: the implementation of attention, one of `kascade_kernels.IMPLEMENTATIONS`; None is the first.
-      layout: how the sequence is cut; None, for `__call__` alone, leaves it whole.
+      kernel: the implementation of attention, one of `attention.KERNELS`; None is "xla".
     """
 
     config: LlamaConfig
     schedule: Any = None
-    tile_size: int = 16
-    top_k: int = 12
-    sink_tiles: int = 0
-    query_tile: int | None = None
-    local_tiles: int = 0
-    density: float | None = None
-    anchor_scoring: str = EXACT
+    selection: Selection = Selection()
     calibrate: bool = False
     dtype: Any = jnp.float32
     kernel: str | None = None
-    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         config = self.config
-        sizes = {name: getattr(self, name) for name in ("tile_size", "top_k", "sink_tiles", "local_tiles", "density")}
-        self.selection = Selection(**sizes, query_tile=self.query_tile, scoring=self.anchor_scoring)
         self.schedule = freeze_schedule(self.schedule, config.num_hidden_layers, config.num_key_value_heads)
         super().__post_init__()
 
@@ -580,39 +279,70 @@ class LlamaModel(nn.Module):
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V], for int32 token ids [B, T], on one device."""
         layout = Layout.of(ids_BT.shape[1], self.selection.block)
-        x_BTD = self._residual_stream(pad_axis(ids_BT, 1, layout.padded), layout)
+        x_BTD, _ = self.run_layers(pad_axis(ids_BT, 1, layout.padded), layout)
         return self._logits(x_BTD[:, : layout.length])
 
-    def next_token_nll(self, ids_BT: jax.Array, next_ids_BT: jax.Array) -> jax.Array:
-        """Negative log likelihood of this shard's next ids, float32 nats [B, T]; never holds [T, V] logits.
-
-        The vocabulary is gone through in chunks, with an online log-sum-exp (arXiv 1805.02867).
-        """
-        x_BTD = self._residual_stream(ids_BT, self.layout)
-
-        def fold(start: jax.Array, size: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            top_BT, total_BT = carry
-            logits_BTV = self._logits(x_BTD, start, size)
-            new_top_BT = jnp.maximum(top_BT, logits_BTV.max(-1))
-            total_BT *= jnp.exp(top_BT - new_top_BT)
-            return new_top_BT, total_BT + jnp.exp(logits_BTV - new_top_BT[..., None]).sum(-1)
-
-        size = min(VOCAB_CHUNK, self.config.vocab_size)
-        whole, rest = divmod(self.config.vocab_size, size)
-        carry = (jnp.full(ids_BT.shape, -jnp.inf), jnp.zeros(ids_BT.shape))
-        carry = jax.lax.fori_loop(0, whole, lambda i, carry: fold(i * size, size, carry), carry)
-        top_BT, total_BT = fold(whole * size, rest, carry) if rest else carry
-        return top_BT + jnp.log(total_BT) - self._target_logits(x_BTD, next_ids_BT)
-
-    def _residual_stream(self, ids_BT: jax.Array, layout: Layout) -> jax.Array:
+    def run_layers(self, ids_BT: jax.Array, layout: Layout) -> tuple[jax.Array, dict[int, jax.Array]]:
+        """The final, normed stream x_BTD of this shard's tokens, and the tiles_BKQC that its layers chose."""
         rope = rope_table(self.config, layout.local_positions())
         x_BTD = self.tok_embeddings[ids_BT].astype(jnp.float32)
         tiles_by_layer: dict[int, jax.Array] = {}
         for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
-            x_BTD, chosen_BKQC = block(x_BTD, rope, tiles_by_layer.get(plan.anchor), layout)
+            tiles_BKQC = None if plan.anchor is None else plan.attended(tiles_by_layer[plan.anchor])
+            x_BTD, chosen_BKQC = block.attend(x_BTD, rope, tiles_BKQC, layout)
+            x_BTD = block.feed(x_BTD)
             if chosen_BKQC is not None:
                 tiles_by_layer[i] = chosen_BKQC
-        return rms_norm(x_BTD, self.norm, self.config.rms_norm_eps)
+        return rms_norm(x_BTD, self.norm, self.config.rms_norm_eps), tiles_by_layer
+
+    def next_token_nll(self, x_BTD: jax.Array, next_ids_BT: jax.Array) -> jax.Array:
+        """Negative log likelihood of the next ids, float32 nats [B, T], given the final stream; no [T, V] logits.
+
+        The vocabulary is gone through in chunks, with an online log-sum-exp (arXiv 1805.02867).
+        """
+
+        def fold(start: jax.Array, size: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return _log_sum_exp(carry, self._logits(x_BTD, start, size))
+
+        shape = next_ids_BT.shape
+        top_BT, total_BT = self._fold_vocabulary(fold, (jnp.full(shape, -jnp.inf), jnp.zeros(shape)))
+        return top_BT + jnp.log(total_BT) - self._target_logits(x_BTD, next_ids_BT)
+
+    def compare_streams(self, dense_BTD: jax.Array, sparse_BTD: jax.Array, next_ids_BT: jax.Array) -> Comparison:
+        """How the predictions of two final, normed streams differ, the vocabulary again in chunks.
+
+        KL(dense || sparse) = sum_v p_dense (logit_dense - logit_sparse) - (lse_dense - lse_sparse).
+        """
+
+        def fold(start: jax.Array, size: int, carry: Any) -> Any:
+            dense, sparse, shift_BT, best_dense, best_sparse = carry
+            a_BTV, b_BTV = self._logits(dense_BTD, start, size), self._logits(sparse_BTD, start, size)
+            new_dense, new_sparse = _log_sum_exp(dense, a_BTV), _log_sum_exp(sparse, b_BTV)
+            shift_BT = shift_BT * jnp.exp(dense[0] - new_dense[0])
+            shift_BT += (jnp.exp(a_BTV - new_dense[0][..., None]) * (a_BTV - b_BTV)).sum(-1)
+            best_dense = jnp.where(a_BTV.max(-1) > dense[0], start + a_BTV.argmax(-1), best_dense)
+            best_sparse = jnp.where(b_BTV.max(-1) > sparse[0], start + b_BTV.argmax(-1), best_sparse)
+            return new_dense, new_sparse, shift_BT, best_dense, best_sparse
+
+        shape = next_ids_BT.shape
+        empty, none = (jnp.full(shape, -jnp.inf), jnp.zeros(shape)), jnp.zeros(shape, jnp.int32)
+        dense, sparse, shift_BT, best_dense, best_sparse = self._fold_vocabulary(
+            fold, (empty, empty, jnp.zeros(shape), none, none)
+        )
+        lse_dense, lse_sparse = (top_BT + jnp.log(total_BT) for top_BT, total_BT in (dense, sparse))
+        return Comparison(
+            dense_nll=lse_dense - self._target_logits(dense_BTD, next_ids_BT),
+            sparse_nll=lse_sparse - self._target_logits(sparse_BTD, next_ids_BT),
+            kl=shift_BT / dense[1] - (lse_dense - lse_sparse),
+            same_top1=best_dense == best_sparse,
+        )
+
+    def _fold_vocabulary(self, fold: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+        """Folds fold(start, size, carry) over chunks of the vocabulary."""
+        size = min(VOCAB_CHUNK, self.config.vocab_size)
+        whole, rest = divmod(self.config.vocab_size, size)
+        carry = jax.lax.fori_loop(0, whole, lambda i, carry: fold(i * size, size, carry), carry)
+        return fold(jnp.int32(whole * size), rest, carry) if rest else carry
 
     def _logits(self, x_BTD: jax.Array, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
         """Those of `size` tokens of the vocabulary from `start` on, or of all."""
@@ -627,3 +357,70 @@ class LlamaModel(nn.Module):
         if self.config.tie_word_embeddings:
             return matmul("BTD,BTD->BT", x_BTD.astype(self.dtype), self.tok_embeddings[ids_BT].astype(self.dtype))
         return matmul("BTD,DBT->BT", x_BTD.astype(self.dtype), self.output[:, ids_BT].astype(self.dtype))
+
+    @nn.nowrap
+    def compile(self, params: Any, input_ids: jax.Array, mesh: Mesh | None = None) -> Forward:
+        """Compiles the forward with its loss for these shapes.
+
+        Args:
+          params: variables, on every device of the mesh.
+          input_ids: int32 [B, T], or a `jax.ShapeDtypeStruct`.
+          mesh: devices over whose axis query tiles are dealt; without it everything is done on one device.
+        """
+        length, num_shards = input_ids.shape[1], mesh.shape[AXIS] if mesh else 1
+        layout = Layout.of(length, self.selection.block, num_shards)
+        num_query_tiles = tile_count(length, self.selection.query_tile)
+
+        def local(params: Any, ids_BT: jax.Array, next_ids_BT: jax.Array) -> tuple[Any, Any, Any]:
+            x_BTD, tiles = self.apply(params, ids_BT, layout, method="run_layers")
+            return self.apply(params, x_BTD, next_ids_BT, method="next_token_nll"), tiles, x_BTD
+
+        sharded = shard(local, mesh, (WHOLE, ROWS, ROWS), (ROWS, TILES, ROWS))
+
+        def forward(params: Any, input_ids: jax.Array) -> Output:
+            next_ids_BT = jnp.roll(input_ids, -1, axis=1)
+            nll, tiles, x_BTD = sharded(params, layout.spread(input_ids, 1), layout.spread(next_ids_BT, 1))
+            tiles = {layer: layout.collect(chosen, 2)[:, :, :num_query_tiles] for layer, chosen in tiles.items()}
+            return Output(layout.collect(nll, 1)[:, : length - 1], tiles, layout.collect(x_BTD, 1)[:, :length])
+
+        start = time.perf_counter()
+        program = compile_ahead(forward, (params, input_ids), mesh)
+        return Forward(program, time.perf_counter() - start)
+
+
+def _log_sum_exp(carry: tuple[jax.Array, jax.Array], logits_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(largest, sum of exp(. - largest)) of the logits so far, with another chunk's."""
+    top_BT, total_BT = carry
+    new_top_BT = jnp.maximum(top_BT, logits_BTV.max(-1))
+    total_BT *= jnp.exp(top_BT - new_top_BT)
+    return new_top_BT, total_BT + jnp.exp(logits_BTV - new_top_BT[..., None]).sum(-1)
+
+
+class Output(NamedTuple):
+    """What a forward returns.
+
+    Attributes:
+      nll: float32 nats [B, T - 1], of each token but the first.
+      tiles: {layer: tiles_BKQC} that its anchors (or, while calibrating, all layers) chose.
+      stream: float32 [B, T, D], the final, normed residual stream, from which every prediction follows.
+    """
+
+    nll: jax.Array
+    tiles: Mapping[int, jax.Array]
+    stream: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A compiled forward: call it with (params, input_ids) for an `Output`, without waiting for the device.
+
+    Attributes:
+      program: the compiled program.
+      seconds: that tracing and compiling took.
+    """
+
+    program: Any
+    seconds: float
+
+    def __call__(self, params: Any, input_ids: jax.Array) -> Output:
+        return self.program(params, input_ids)

@@ -143,10 +143,12 @@ def shard(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_sp
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def compile_ahead(function: Callable[..., Any], args: Sequence[Any], mesh: Mesh | None = None) -> jax.stages.Compiled:
-    """Compiles `function` for arguments of these shapes, which may be `jax.ShapeDtypeStruct`: the one place that jits.
-
-    `mesh` says which platform's options apply; without it the default device does.
-    """
+def jit(function: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
+    """The one place that jits. `mesh` says which platform's options apply; without it the default device does."""
     on_cpu = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform == "cpu"
-    return jax.jit(function).lower(*args).compile(compiler_options=CPU_OPTIONS if on_cpu else None)
+    return jax.jit(function, compiler_options=CPU_OPTIONS if on_cpu else None)
+
+
+def compile_ahead(function: Callable[..., Any], args: Sequence[Any], mesh: Mesh | None = None) -> jax.stages.Compiled:
+    """Compiles `function` for arguments of these shapes, which may be `jax.ShapeDtypeStruct`."""
+    return jit(function, mesh).lower(*args).compile()

@@ -30,10 +30,6 @@ from jax import lax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import kascade_kernels as kernels
-from convert_weights import OneSentenceParser
-from kascade_core import EXACT, FAST, NO_TILE, Selection, compile_ahead
-from kascade_kernels import IMPLEMENTATIONS, time_interleaved
 from kascade_layout import tile_count
 from kascade_report import versions
 from kascade_setup import (
@@ -46,6 +42,11 @@ from kascade_setup import (
     pick_kernel,
     share,
 )
+
+import kascade_kernels as kernels
+from convert_weights import OneSentenceParser
+from kascade_core import EXACT, FAST, NO_TILE, Selection, compile_ahead
+from kascade_kernels import IMPLEMENTATIONS, time_interleaved
 
 SHAPES = {"llama3.2-1b": (32, 8, 64), "llama3.1-8b": (32, 8, 128)}  # query heads, KV heads, head width
 WEIGHTS = {"dense": 1, "anchor": 4, "reuse": 27}  # layers; a dense layer 0 is never reused

@@ -26,7 +26,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # torch and our model are imported by the process that runs them alone.
-from convert_weights import OneSentenceParser
 from kascade_setup import (
     DEFAULT_TEXT,
     DEFAULT_WEIGHTS,
@@ -41,6 +40,8 @@ from kascade_setup import (
     process_peak_memory,
     share,
 )
+
+from convert_weights import OneSentenceParser
 
 CALIBRATION = 2048  # tokens at most: enough for a schedule, and they leave more of the text to be tested
 ROWS = 512  # of transformers' logits at a time
@@ -95,9 +96,9 @@ def serve(connection: Any, prepare: Callable[[Any, Any], dict[str, tuple[float, 
 def serve_ours(connection: Any, args: argparse.Namespace) -> None:
     """Our dense forward, and two sparse ones by their anchors' scoring."""
     import jax
+    from kascade_layout import make_mesh
 
     import kascade_core as core
-    from kascade_layout import make_mesh
     from llama_model import LlamaModel, load_weights
 
     mesh = make_mesh(configure_device("cpu"))

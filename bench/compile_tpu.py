@@ -30,11 +30,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from kascade_layout import AXIS, Layout, tile_count
 from tqdm import tqdm
 
 import kascade_kernels as kernels
 from kascade_core import ANCHOR, REUSE, LayerPlan, Selection, compile_forward
-from kascade_layout import AXIS, Layout, tile_count
 from llama_model import Block, LlamaConfig, LlamaModel, rope_table
 
 TOPOLOGIES = {"v5e": ("v5e:2x2", 16e9), "v6e": ("v6e:2x2", 32e9)}  # name, bytes of HBM a chip

@@ -35,9 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import kascade_core as core
 import kascade_search as search
-from convert_weights import OneSentenceParser, download_wheel
 from kascade_layers import LayerRunner
 from kascade_layout import make_mesh, pad_axis
 from kascade_setup import (
@@ -49,6 +47,9 @@ from kascade_setup import (
     load_tokenizer,
     share,
 )
+
+import kascade_core as core
+from convert_weights import OneSentenceParser, download_wheel
 from llama_model import LlamaModel, load_weights
 
 # --- The articles ---

@@ -10,7 +10,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import attention
-
 import kascade_kernels as kernels
 from kascade_core import NO_TILE, Selection
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kascade_report import SweepRow, count_tokens, format_break_even
 from synthetic import HF_CONFIGS, hf_weights, repeating_text, write_hf_folder
 
 import benchmark_kascade_final as benchmark
 from convert_weights import convert
 from kascade_core import KASCADE_CACHE, NO_TILE, InputError, Selection
-from kascade_report import SweepRow, count_tokens, format_break_even
 
 NAME = "mha_llama3_tied"  # four layers, 33 words
 SMALL = ["--tile_size", "4", "--top_k", "3", "--seq_len", "30", "--n_runs", "2", "--threshold", "0.3"]

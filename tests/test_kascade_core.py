@@ -5,10 +5,10 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kascade_layout import BLOCK, Layout
 
 import kascade_core as core
 from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, InputError, LayerPlan
-from kascade_layout import BLOCK, Layout
 
 X = NO_TILE
 

@@ -6,15 +6,15 @@ import json
 
 import jax
 import jax.numpy as jnp
+import kascade_search as search
 import numpy as np
 import pytest
+from kascade_layers import LayerRunner
+from kascade_layout import make_mesh
 from synthetic import HF_CONFIGS, token_ids
 
 import kascade_core as core
-import kascade_search as search
 from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, InputError, Selection
-from kascade_layers import LayerRunner
-from kascade_layout import make_mesh
 from llama_model import LlamaConfig, LlamaModel
 
 NAME = "mha_llama3_tied"  # four layers, five KV heads

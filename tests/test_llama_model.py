@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kascade_layout import make_mesh
 from synthetic import HF_CONFIGS, token_ids, write_hf_folder
 
 import kascade_core as core
 from convert_weights import convert
 from kascade_core import ANCHOR, DENSE, KASCADE_CACHE, REUSE, InputError, compile_forward, compute_perplexity
-from kascade_layout import make_mesh
 from llama_model import (
     EMBEDDINGS_CHUNK,
     FORMAT_VERSION,

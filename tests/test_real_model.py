@@ -5,10 +5,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from kascade_layout import make_mesh
 
 import benchmark_kascade_final as benchmark
 from kascade_core import compile_forward, perplexity_of
-from kascade_layout import make_mesh
 from llama_model import LlamaModel, load_weights
 
 pytestmark = pytest.mark.real_model

@@ -1,0 +1,184 @@
+"""The machine of a run: its devices, what they are fast at, and their memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+
+import attention
+from attention.sharding import compile_ahead
+from attention.xla import matmul
+from errors import InputError, UnsupportedError
+from kascade_core import Selection
+from weights.config import LlamaConfig
+
+PLATFORMS = {"cpu": "cpu", "tpu": "tpu,cpu", "gpu": "cuda,cpu"}  # cpu as a fallback: JAX asserts if none initialises
+INSTALL = {"tpu": "jax[tpu]", "gpu": "jax[cuda12]"}
+OWN_KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+
+
+def configure_device(device: str) -> list[jax.Device]:
+    """Makes JAX compute on `device` ("cpu", "tpu" or "gpu") and undoes settings of the user's that would break a run.
+
+    Every CPU core becomes a device: XLA's own threads inside one device leave much of a machine idle.
+
+    Raises:
+      InputError: JAX sees no such device.
+    """
+    jax.config.update("jax_platforms", PLATFORMS[device])
+    for name, value in (
+        ("jax_platform_name", device),
+        ("jax_enable_x64", False),  # dtypes here are explicit, and Python numbers must not widen them
+        ("jax_disable_jit", False),
+        ("jax_transfer_guard", "allow"),
+        ("jax_numpy_rank_promotion", "allow"),
+    ):
+        jax.config.update(name, value)
+    with contextlib.suppress(RuntimeError):  # JAX is running already, and keeps the devices it has
+        jax.config.update("jax_num_cpu_devices", usable_cores())
+    try:
+        return jax.devices(device)
+    except RuntimeError as error:
+        package = INSTALL.get(device)
+        advice = f"install {package} on a machine that has one, or use --device cpu" if package else "check JAX's setup"
+        raise InputError(f"JAX sees no {device.upper()} here: {advice}") from error
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use: its affinity, and its control group's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(math.ceil(int(quota) / int(period)), 1))  # "max" is no number: no quota
+    return cores
+
+
+def processor_name() -> str:
+    """The CPU's name and the matrix instructions that decide its speed, such as "AMD EPYC (AVX512_BF16)"."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
+        flags = set(next(line for line in lines if line.startswith("flags")).split())
+        best = [flag.upper() for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in flags]
+        return f"{name} ({', '.join(best[:2])})" if best else name
+    return sys.platform
+
+
+# --- What is fast here ---
+
+DTYPE_ROWS = 512  # tokens of the products that are timed
+DTYPE_ROUNDS = 5
+CLEARLY_FASTER = 0.9  # of float32's time: below it bfloat16's rounding is worth taking
+
+
+def pick_dtype(name: str, device: str, config: LlamaConfig) -> tuple[str, str]:
+    """The dtype of matrix inputs, and why. "auto" is bfloat16 on accelerators, and on a CPU what is measured faster.
+
+    Raises:
+      UnsupportedError: float16 where the hardware does not multiply it.
+    """
+    if name == "float16" and device != "gpu":
+        raise UnsupportedError(f"dtype float16: a {device.upper()} does not multiply it; use bfloat16 or float32")
+    if name != "auto":
+        return name, "as asked"
+    if device != "cpu":
+        return "bfloat16", f"the one for a {device.upper()}"
+    ratio = bfloat16_time(config)
+    faster = "bfloat16" if ratio < CLEARLY_FASTER else "float32"
+    return faster, f"measured here: bfloat16 takes {ratio:.2f} of float32's time for a layer's products"
+
+
+def bfloat16_time(config: LlamaConfig) -> float:
+    """Time of the MLP's products in bfloat16 over that in float32, medians of interleaved runs on one device."""
+    D, F = config.hidden_size, config.intermediate_size
+
+    def products(x_RD: jax.Array, w_DF: jax.Array, w_FD: jax.Array) -> jax.Array:
+        hidden_RF = matmul("RD,DF->RF", x_RD, w_DF).astype(x_RD.dtype)
+        return matmul("RF,FD->RD", hidden_RF, w_FD)
+
+    runs = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        args = [jnp.ones(shape, dtype) for shape in ((DTYPE_ROWS, D), (D, F), (F, D))]
+        runs[jnp.dtype(dtype).name] = partial(compile_ahead(products, args, None), *args)
+    samples = time_interleaved(runs, DTYPE_ROUNDS)
+    return statistics.median(samples["bfloat16"]) / statistics.median(samples["float32"])
+
+
+def pick_kernel(
+    name: str, device: str, selection: Selection, length: int, head_dim: int, dtype: str, capability: str | None
+) -> tuple[str, str]:
+    """The implementation of attention, and why: "auto" is the device's own where it supports the sizes, otherwise xla.
+
+    Args:
+      name: one of `attention.KERNELS` or "auto".
+      device: "cpu", "tpu" or "gpu".
+      selection, length, head_dim, dtype: what attention is asked for; the longest length of the run.
+      capability: the GPU's compute capability, such as "9.0".
+
+    Raises:
+      UnsupportedError: a kernel was asked for by name and does not support the sizes; it names some that would do.
+    """
+    own = OWN_KERNELS.get(device, "xla")
+    kernel = own if name == "auto" else name
+    try:
+        attention.check(kernel, selection, length, head_dim, dtype, capability)
+    except UnsupportedError as error:
+        if name != "auto":
+            raise UnsupportedError(f"kernel {name}: {error}; --kernel auto falls back to xla") from error
+        return "xla", f"{kernel} does not support these sizes: {error}"
+    if name == "auto":
+        return kernel, f"the one for a {device.upper()}"
+    interpreted = kernel not in ("xla", own)
+    return kernel, f"as asked; interpreted on a {device.upper()}: correct and slow" if interpreted else "as asked"
+
+
+# --- Memory and time ---
+
+
+def peak_memory(device: jax.Device) -> int | None:
+    """The most bytes in use since the start: of the process on a CPU, otherwise of the device; None where unknown."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return process_peak_memory()
+
+
+def process_peak_memory() -> int | None:
+    """The most bytes that this process has had in memory; None on a system that does not tell."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device: jax.Device) -> int | None:
+    """Bytes that a computation may still take; None where unknown."""
+    if device.platform == "cpu":
+        return psutil.virtual_memory().available
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= set(stats) else None
+
+
+def time_interleaved(runs: dict[str, Callable[[], Any]], n_runs: int) -> dict[str, list[float]]:
+    """Milliseconds of `n_runs` runs of each, in turn, each waited for, after one warm-up that is not counted."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(n_runs + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            if i:
+                samples[name].append((time.perf_counter() - start) * 1e3)
+    return samples

@@ -1,0 +1,211 @@
+"""What makes a schedule: the threshold rule, the paper's dynamic programme, or a search; and files of schedules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from errors import InputError, quote
+from kascade_core import (
+    ANCHOR,
+    FIRST_LAYER,
+    REUSE,
+    LayerPlan,
+    Schedule,
+    Selection,
+    add_head_maps,
+    decide_by_threshold,
+    freeze_schedule,
+    similarity_matrix,
+)
+from measure.layerwise import Calibration, Observation
+from measure.search import ranks_of, search_schedule, seen_by_query_tile
+from measure.settings import DP, MASS, MOST_TOKENS, SEARCH, Settings
+from measure.texts import hash_of
+from report.results import write_json
+from weights.folder import Manifest
+
+
+def find_schedule(settings: Settings, calibration: Calibration) -> tuple[Schedule, float | None]:
+    """The schedule that the settings ask for, and its degradation on the calibration text (percent) if measured."""
+    if settings.scheduler == SEARCH:
+        return search_schedule(calibration, settings.anchors, settings.budgets, settings.max_degradation)
+    importance_L = None
+    if settings.similarity == MASS:
+        similarity_LL, head_maps = mass_similarity(calibration.observations, calibration.model.selection)
+        importance_L = np.mean([seen.importance for seen in calibration.observations], axis=0)
+    else:
+        similarity_LL = similarity_matrix(calibration.tiles)
+    if settings.scheduler == DP:
+        plans = decide_nearest(similarity_LL, dp_anchors(similarity_LL, settings.anchors, importance_L))
+    else:
+        plans = decide_by_threshold(similarity_LL, settings.threshold, settings.max_reuse_dist)
+    if settings.similarity != MASS:
+        return add_head_maps(plans, calibration.tiles), None
+    return tuple(
+        dataclasses.replace(plan, head_map=head_maps.get((i, plan.anchor))) for i, plan in enumerate(plans)
+    ), None
+
+
+# --- The paper's similarity and dynamic programme (arXiv 2512.16391) ---
+
+
+def recovered_mass(scores_LKQP: np.ndarray, selection: Selection, budget: int) -> np.ndarray:
+    """float32 [Q, L K, L K]: of the mass of a head (the last axis), the share in the best `budget` tiles of another."""
+    L, K, Q, P = scores_LKQP.shape
+    scores = scores_LKQP.reshape(L * K, Q, P)
+    chosen = (ranks_of(scores, selection) < budget).astype(np.float32)
+    return np.matmul(chosen.transpose(1, 0, 2), scores.transpose(1, 2, 0))
+
+
+def mass_similarity(
+    observations: Sequence[Observation], selection: Selection
+) -> tuple[np.ndarray, dict[tuple[int, int], tuple[int, ...]]]:
+    """The paper's similarity of layer i reusing an earlier layer a, float [L, L] in [0, 1], and its best head maps.
+
+    For every pair of KV heads, the share of i's attention mass that a's Top-K recovers over that which i's own Top-K
+    recovers; the best of a's heads for each of i's; the minimum over the text's query tiles that drop something, the
+    mean over texts and heads.
+
+    Returns:
+      similarity_LL, 0 where a is not earlier than i; {(i, a): the head of a for each KV head of i}.
+    """
+    L, K, Q, P = observations[0].scores.shape
+    slots = selection.slots(P)
+    dropping = seen_by_query_tile(Q, P, selection) > slots
+    if not dropping.any():
+        dropping[:] = True
+    total = np.zeros((L, K, L, K))  # a's layer and head, i's layer and head
+    means = np.zeros((L, K, L, K))
+    for observation in observations:
+        recovered = recovered_mass(observation.scores, selection, slots)[dropping]
+        best_own = np.diagonal(recovered, axis1=1, axis2=2)
+        ratio = np.minimum(recovered / best_own[:, None, :], 1).reshape(-1, L, K, L, K)
+        total += ratio.min(0) / len(observations)
+        means += ratio.mean(0) / len(observations)
+    best = means.argmax(1)  # [a, i, head of i]
+    values = np.take_along_axis(total, best[:, None], axis=1)[:, 0].mean(-1)
+    maps = {(i, a): tuple(int(head) for head in best[a, i]) for i in range(L) for a in range(i)}
+    return np.tril(values.T, -1), maps
+
+
+def dp_anchors(similarity_LL: np.ndarray, num_anchors: int, importance_L: np.ndarray | None = None) -> list[int]:
+    """The anchors among layers 1 to L - 1 that maximise every layer's similarity to the nearest anchor before it.
+
+    dp[m][j] = max over i of dp[m - 1][i] + sum of S[l, i] for l in i..j-1, with S[i, i] = 1, weighted by importance.
+    Layer 0 is dense and takes no part; layer 1 is always an anchor. `num_anchors` is from 1 to L - 1.
+    """
+    L = len(similarity_LL)
+    weights_L = np.ones(L) if importance_L is None else importance_L
+    gains = (similarity_LL + np.eye(L)) * weights_L[:, None]
+    best = np.full((num_anchors + 1, L + 1), -np.inf)
+    source = np.zeros((num_anchors + 1, L + 1), int)
+    best[0, 1] = 0
+    for m in range(1, num_anchors + 1):
+        for j in range(2, L + 1):
+            totals = [best[m - 1, i] + gains[i:j, i].sum() for i in range(1, j)]
+            source[m, j], best[m, j] = 1 + int(np.argmax(totals)), max(totals)
+    anchors, j = [], L
+    for m in range(num_anchors, 0, -1):
+        j = int(source[m, j])
+        anchors.append(j)
+    return anchors[::-1]
+
+
+def decide_nearest(similarity_LL: np.ndarray, anchors: Sequence[int]) -> Schedule:
+    """Every layer that is no anchor reuses the nearest anchor before it, as the paper's programme counts."""
+    plans = [FIRST_LAYER]
+    for layer in range(1, len(similarity_LL)):
+        if layer in anchors:
+            plans.append(LayerPlan(ANCHOR, reason="chosen by dynamic programming"))
+            continue
+        anchor = max(a for a in anchors if a < layer)
+        similarity = float(similarity_LL[layer, anchor])
+        plans.append(LayerPlan(REUSE, anchor, similarity=similarity, reason=f"similarity: {similarity:.2%}"))
+    return tuple(plans)
+
+
+# --- Files ---
+
+SCHEDULE_VERSION = 2
+LAYER_FIELDS = ("mode", "anchor", "head_map", "budgets")
+
+
+def save_schedule(
+    path: Path, plans: Sequence[LayerPlan], selection: Selection, manifest: Manifest, calibration_ids: jax.Array
+) -> None:
+    """Writes a schedule with what it was made for and from: the model, the tile sizes, the calibration window."""
+    saved = {
+        "format_version": SCHEDULE_VERSION,
+        "model": {"name": manifest.model, "fingerprint": manifest.fingerprint},
+        "selection": dataclasses.asdict(selection),
+        "calibration": {"tokens": calibration_ids.size, "sha256": hash_of(calibration_ids)},
+        "layers": [{name: getattr(plan, name) for name in LAYER_FIELDS} for plan in plans],
+    }
+    write_json(path, saved)
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedSchedule:
+    """A schedule from a file; `calibrated_on` is the number of tokens that it was made from, and their hash."""
+
+    plans: Schedule
+    selection: Selection
+    calibrated_on: tuple[int, str]
+
+
+def load_schedule(path: Path, manifest: Manifest) -> SavedSchedule:
+    """What `save_schedule` wrote.
+
+    Raises:
+      InputError: the file cannot be read, is damaged or of another version, or was made for another model.
+    """
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"schedule {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"schedule {path} is not JSON ({type(error).__name__}); save it anew") from error
+    try:
+        return _parse_schedule(saved, path, manifest)
+    except InputError as error:
+        raise InputError(f"schedule {path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"schedule {path} is damaged ({type(error).__name__}: {quote(str(error))}); save it anew"
+        ) from error
+
+
+def _parse_schedule(saved: Mapping[str, Any], path: Path, manifest: Manifest) -> SavedSchedule:
+    version = saved["format_version"]
+    if version != SCHEDULE_VERSION:
+        raise InputError(f"format version {quote(version)}; this program reads version {SCHEDULE_VERSION}")
+    if saved["model"]["fingerprint"] != manifest.fingerprint:
+        raise InputError(
+            f"it was made for {quote(saved['model']['name'])}, whose weights are not those of {manifest.model} here; "
+            "make one for this model with --save_schedule"
+        )
+    sizes = saved["selection"]
+    for name, value in sizes.items():
+        if name != "anchor_scoring" and value is not None and type(value) not in (int, float):
+            raise InputError(f"selection: {quote(name)} must be a number, got {quote(value)}")
+    layers = [
+        LayerPlan(**{name: _frozen(entry[name]) for name in LAYER_FIELDS}, reason="loaded") for entry in saved["layers"]
+    ]
+    config = manifest.config
+    plans = freeze_schedule(layers, config.num_hidden_layers, config.num_key_value_heads)
+    calibrated_on = saved["calibration"]["tokens"], saved["calibration"]["sha256"]
+    if tuple(map(type, calibrated_on)) != (int, str) or not 1 < calibrated_on[0] <= MOST_TOKENS:
+        raise InputError(f"calibration must be a number of tokens and a hash, got {quote(calibrated_on)}")
+    return SavedSchedule(plans, Selection(**sizes), calibrated_on)
+
+
+def _frozen(value: Any) -> Any:
+    """A JSON value that can be a field of a frozen plan."""
+    return tuple(value) if isinstance(value, list) else value

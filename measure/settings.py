@@ -1,0 +1,251 @@
+"""What was asked of a run: the command line as one frozen, checked value."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attention
+from errors import InputError, Parser, quote
+from kascade_core import Selection
+from weights.config import LlamaConfig
+from weights.folder import DEFAULT_WEIGHTS
+
+DEFAULT_TEXT = Path(__file__).resolve().parents[1] / "wikipedia_sample.txt"
+DTYPES = ("float32", "bfloat16", "float16")
+THRESHOLD, DP, SEARCH, LOADED = "threshold", "dp", "search", "loaded"  # what makes the schedule
+JACCARD, MASS = "jaccard", "mass"  # similarity of layers
+UNIFORM, PER_LAYER, PER_HEAD = "uniform", "layer", "head"  # who has a budget of its own
+ANCHOR_SHARE = 0.3  # of the layers, when --anchors is not given
+MOST_TOKENS = 2**31 - 1  # positions are 32-bit numbers
+
+
+def _flag(default: Any, help: str, choices: Sequence[str] | None = None, metavar: str | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything that was asked of a run; each field but `selection` is a flag, and its meaning is the flag's help.
+
+    Defaults that depend on other flags are resolved when it is built, those that depend on the model by `for_model`.
+
+    Raises:
+      InputError: a value out of range, or values that do not go together.
+    """
+
+    selection: Selection = Selection()
+    device: str = _flag("cpu", "what JAX computes on", ("cpu", "tpu", "gpu"))
+    threshold: float = _flag(0.65, "least similarity at which a layer reuses another's tiles, in [0, 1]")
+    max_reuse_dist: int = _flag(4, "a layer reuses an anchor fewer layers back than this")
+    scheduler: str | None = _flag(
+        None,
+        "what makes the schedule: the threshold rule, the paper's dynamic programme, or a search that measures the "
+        "damage of every layer (threshold; search with --max_degradation)",
+        (THRESHOLD, DP, SEARCH),
+    )
+    similarity: str | None = _flag(None, "of layers, for threshold and dp (jaccard)", (JACCARD, MASS))
+    anchors: int | None = _flag(None, "number of anchor layers of dp and search (3 of 10 layers)")
+    budgets: str | None = _flag(
+        None,
+        "of search: what has a number of tiles of its own, at one density over all (layer)",
+        (UNIFORM, PER_LAYER, PER_HEAD),
+    )
+    max_degradation: float | None = _flag(
+        None, "search for the lowest density that costs less than this on the calibration text", metavar="PERCENT"
+    )
+    save_schedule: Path | None = _flag(None, "write the schedule to FILE", metavar="FILE")
+    load_schedule: Path | None = _flag(
+        None, "use the schedule and the tile sizes of FILE instead of calibrating", metavar="FILE"
+    )
+    weights_dir: Path | None = _flag(
+        None, f"folder made by convert_weights.py ({DEFAULT_WEIGHTS}, made if missing)", metavar="DIR"
+    )
+    text: Path = _flag(DEFAULT_TEXT, "UTF-8 text to test on (the sample)", metavar="FILE")
+    calib_text: Path | None = _flag(
+        None, "UTF-8 text to calibrate on (the tokens of --text before the tested ones)", metavar="FILE"
+    )
+    seq_len: int = _flag(512, "tokens in the calibration window and in the test window, at least 2")
+    n_runs: int = _flag(5, "timed runs of each kind")
+    dtype: str = _flag("auto", "of matrix inputs; auto takes the faster of float32 and bfloat16", ("auto", *DTYPES))
+    kernel: str = _flag(
+        "auto",
+        "implementation of attention; auto takes the device's own where it supports the sizes, otherwise xla",
+        ("auto", *attention.KERNELS),
+    )
+    json: Path | None = _flag(None, "write everything that was measured to FILE", metavar="FILE")
+    sweep: tuple[int, ...] = _flag(
+        (),
+        "also time these lengths, with the run's schedule and the tested tokens, repeated where too few",
+        metavar="N,N,...",
+    )
+    verbose: bool = _flag(False, "also print each layer's tiles")
+    quiet: bool = _flag(False, "print the results alone")
+    debug: bool = _flag(False, "show the traceback of an error")
+
+    def __post_init__(self) -> None:
+        self._resolve_defaults()
+        self._check_ranges()
+        self._check_schedule()
+        self._check_lengths()
+        for name in ("json", "save_schedule"):
+            path = getattr(self, name)
+            if path and not can_be_written(path):
+                raise InputError(f"{name}: cannot write {path}: give a file in a folder that exists and is open to you")
+
+    def _resolve_defaults(self) -> None:
+        scheduler = self.scheduler or (THRESHOLD if self.max_degradation is None else SEARCH)
+        self._set(scheduler=LOADED if self.load_schedule and self.scheduler is None else scheduler)
+        if self.scheduler in (THRESHOLD, DP) and self.similarity is None:
+            self._set(similarity=JACCARD)
+        if self.scheduler == SEARCH and self.budgets is None:
+            self._set(budgets=PER_LAYER)
+        for name in ("weights_dir", "text", "calib_text", "json", "save_schedule", "load_schedule"):
+            if path := getattr(self, name):
+                self._set(**{name: path.expanduser()})
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _check_ranges(self) -> None:
+        for name, least in (("max_reuse_dist", 1), ("anchors", 1), ("n_runs", 1), ("seq_len", 2)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= MOST_TOKENS:
+                raise InputError(f"{name} must be at least {least} and below 2^31, got {quote(value)}")
+        if not 0 <= self.threshold <= 1:
+            raise InputError(f"threshold must be in [0, 1], got {self.threshold}")
+        if self.max_degradation is not None and not 0 < self.max_degradation < math.inf:
+            raise InputError(f"max_degradation must be above 0, got {self.max_degradation}")
+        if self.verbose and self.quiet:
+            raise InputError("verbose and quiet exclude each other: give one of them")
+
+    def _check_schedule(self) -> None:
+        """Refuses flags that the schedule's maker does not read."""
+        if self.load_schedule and self.scheduler != LOADED:
+            raise InputError("scheduler has no effect with load_schedule, which brings a finished schedule")
+        for name, schedulers in {
+            "similarity": (THRESHOLD, DP),
+            "anchors": (DP, SEARCH),
+            "budgets": (SEARCH,),
+            "max_degradation": (SEARCH,),
+            "save_schedule": (THRESHOLD, DP, SEARCH),
+        }.items():
+            if getattr(self, name) is not None and self.scheduler not in schedulers:
+                maker = "load_schedule" if self.scheduler == LOADED else f"scheduler {self.scheduler}"
+                raise InputError(f"{name} has no effect with {maker}; it needs scheduler {' or '.join(schedulers)}")
+
+    def _check_lengths(self) -> None:
+        for name in ("tile_size", "query_tile"):
+            if getattr(self.selection, name) > self.seq_len:
+                raise InputError(f"{name} must be at most seq_len, {self.seq_len}, got {getattr(self.selection, name)}")
+        least = max(2, self.selection.query_tile)
+        if self.sweep and not (least <= min(self.sweep) and max(self.sweep) <= MOST_TOKENS):
+            raise InputError(
+                f"sweep: lengths must be at least {least} (query_tile, and 2) and below 2^31, got {self.sweep}"
+            )
+
+    @classmethod
+    def from_flags(cls, argv: Sequence[str] | None = None, description: str | None = None) -> Settings:
+        """Reads the command line; a bad one exits with code 2 and one sentence."""
+        parser = make_parser(description)
+        given = vars(parser.parse_args(argv))
+        sizes = {name: given.pop(name) for name in selection_flags() if name in given}
+        try:
+            if "load_schedule" in given and sizes:
+                raise InputError(f"{min(sizes)} has no effect with load_schedule: the tile sizes come from its file")
+            return cls(selection=Selection(**sizes), **given)
+        except InputError as error:
+            parser.error(str(error))
+
+    def for_model(self, config: LlamaConfig) -> Settings:
+        """The settings with the defaults that depend on the model resolved.
+
+        Raises:
+          InputError: more anchors than the model has layers to choose from.
+        """
+        if self.scheduler not in (DP, SEARCH):
+            return self
+        layers = config.num_hidden_layers
+        anchors = max(1, round(ANCHOR_SHARE * layers)) if self.anchors is None else self.anchors
+        if not 1 <= anchors < layers:
+            raise InputError(
+                f"anchors must be from 1 to {layers - 1}, for layer 0 of the {layers} is dense, got {anchors}"
+            )
+        return dataclasses.replace(self, anchors=anchors)
+
+
+def selection_flags() -> tuple[str, ...]:
+    """The names of the flags that are fields of `Selection`."""
+    return tuple(field.name for field in dataclasses.fields(Selection))
+
+
+def make_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """A parser with a flag for every field of `Settings` and `Selection`; absent flags leave no attribute."""
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for field in (*dataclasses.fields(Selection), *dataclasses.fields(Settings)[1:]):
+        _add_flag(parser, field)
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    help_text = field.metadata["help"]
+    if field.type == "bool":
+        parser.add_argument(f"--{field.name}", action="store_true", help=help_text)
+        return
+    if isinstance(field.default, (int, float, str)):
+        help_text += f" ({field.default})"
+    kind, metavar = FLAG_TYPES[field.type.removesuffix(" | None")]
+    choices = field.metadata.get("choices")
+    metavar = None if choices else field.metadata.get("metavar") or metavar
+    parser.add_argument(
+        f"--{field.name}", type=kind, choices=choices, metavar=metavar, help=help_text.replace("%", "%%")
+    )
+
+
+def _number_of(kind: Callable[[str], Any], name: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected {name}, got {quote(text)}") from error
+
+    return parse
+
+
+whole_number = _number_of(int, "a whole number")
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """A flag's N,N,..., ascending, each once."""
+    return tuple(sorted({whole_number(part) for part in text.split(",")}))
+
+
+FLAG_TYPES: dict[str, tuple[Callable[[str], Any], str]] = {  # by a field's annotation: how it is read, what help shows
+    "int": (whole_number, "N"),
+    "float": (_number_of(float, "a number"), "X"),
+    "str": (str, "NAME"),
+    "Path": (Path, "FILE"),
+    "tuple[int, ...]": (whole_numbers, "N,N,..."),
+}
+
+
+def can_be_written(path: Path) -> bool:
+    """Whether a report can be put there: a plain file or nothing yet, in a folder open to us, or standard output."""
+    try:
+        if str(path) in ("-", "/dev/stdout"):
+            return True
+        plain = path.is_file() or not path.exists()
+        return plain and path.resolve().parent.is_dir() and os.access(path.resolve().parent, os.W_OK)
+    except OSError:  # a name too long, say
+        return False

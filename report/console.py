@@ -1,0 +1,265 @@
+"""A run as text: every function formats results and returns them, and computes or prints nothing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, LayerPlan, tile_count
+from report.results import (
+    NOTHING_DROPPED,
+    SUCCESS,
+    SUCCESS_PCT,
+    Machine,
+    Model,
+    Quality,
+    SweepRow,
+    Timing,
+    break_even,
+    count_modes,
+)
+
+RULE = "=" * 70
+
+
+def configuration(settings: Any) -> str:
+    """What was asked for; `settings` is a `measure.settings.Settings`."""
+    selection = settings.selection
+    rows = [
+        ("Device", settings.device.upper()),
+        ("Dtype", settings.dtype),
+        ("Kernel", settings.kernel),
+        ("Sequence Length", settings.seq_len),
+        ("Scheduler", describe_scheduler(settings)),
+    ]
+    if settings.load_schedule is None:
+        budget = ("Top-K Tiles", selection.top_k) if selection.density is None else ("Density", selection.density)
+        rows += [
+            ("Tile Size", selection.tile_size),
+            budget,
+            ("Sink Tiles", selection.sink_tiles),
+            ("Local Tiles", selection.local_tiles),
+            ("Query Tile", selection.query_tile),
+            ("Anchor Scoring", selection.anchor_scoring),
+        ]
+    if settings.scheduler == "threshold":
+        rows += [("Threshold", f"{settings.threshold:.2%}"), ("Max Reuse Dist", settings.max_reuse_dist)]
+    return "⚙️  Configuration:\n" + "".join(f"   {name + ':':17} {value}\n" for name, value in rows)
+
+
+def describe_scheduler(settings: Any) -> str:
+    """What makes the schedule."""
+    if settings.load_schedule:
+        return f"loaded from {settings.load_schedule.name}"
+    if settings.scheduler == "search":
+        limit = "" if settings.max_degradation is None else f", degradation under {settings.max_degradation:g}%"
+        return f"search, budgets by {settings.budgets}{limit}"
+    return f"{settings.scheduler}, {settings.similarity}"
+
+
+def describe_budget(settings: Any) -> str:
+    """How many tiles are kept."""
+    if settings.load_schedule:
+        return f"schedule {settings.load_schedule.name}"
+    if settings.scheduler == "search":
+        return f"searched budgets by {settings.budgets}"
+    selection = settings.selection
+    return f"Top-K {selection.top_k}" if selection.density is None else f"density {selection.density:g}"
+
+
+def describe_timing(settings: Any, machine: Machine) -> str:
+    """What a timing means: everything that it depends on but the length."""
+    selection = settings.selection
+    sizes = [f"tile {selection.tile_size}"]
+    if selection.query_tile != selection.tile_size:
+        sizes.append(f"query tile {selection.query_tile}")
+    sizes += [describe_budget(settings), f"{selection.sink_tiles} sink and {selection.local_tiles} local tiles"]
+    sizes.append(f"{selection.anchor_scoring} scoring")
+    return (
+        f"whole forward and loss on {machine}, {settings.dtype}, {settings.kernel};\n"
+        f"    {', '.join(sizes)}, n = {settings.n_runs}"
+    )
+
+
+def model_line(model: Model) -> str:
+    """The model's name, layers, parameters, and size on the device."""
+    size = f"{model.parameters / 1e6:.1f}M parameters, {model.bytes / 1e6:.0f} MB"
+    return f"✓ {model.name}: {model.num_layers} layers, {size}"
+
+
+def schedule(plans: Sequence[LayerPlan], settings: Any) -> str:
+    """A line with the reason for each layer, the count, and the strip of layer types."""
+    lines = []
+    if settings.scheduler == "threshold":
+        lines.append(f"   Similarity threshold: {settings.threshold:.2%}")
+        lines.append(f"   Max reuse distance: {settings.max_reuse_dist}")
+    for layer, plan in enumerate(plans):
+        target = f" L{plan.anchor}" if plan.mode == REUSE else ""
+        lines.append(f"  Layer {layer}: {plan.mode}{target} ({plan.reason})")
+    reused = count_modes(plans)[REUSE]
+    lines += ["", f"📋 Final Schedule: {reused} REUSE, {len(plans) - reused} ANCHOR/DENSE", ""]
+    return "\n".join(lines) + "\n" + strip(plans)
+
+
+def strip(plans: Sequence[LayerPlan], per_row: int = 12) -> str:
+    """Layer numbers over layer types over the reused layer, `per_row` layers in a row."""
+    names = {DENSE: "DENSE", ANCHOR: "ANC", REUSE: "REU"}
+    cells = [
+        (str(layer), names[plan.mode], f"L{plan.anchor}" if plan.mode == REUSE else "")
+        for layer, plan in enumerate(plans)
+    ]
+    lines = []
+    for start in range(0, len(cells), per_row):
+        for name, row in zip(("Layer:", "Type: ", "From: "), zip(*cells[start : start + per_row]), strict=True):
+            lines.append((f"{name} " + "".join(f"{cell:>6}" for cell in row)).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def chosen_tiles(layer: int, tiles_BKQC: np.ndarray) -> str:
+    """An anchor's tiles for head 0 and the last query tile, the only one that sees every key tile."""
+    tiles = tiles_BKQC[0, 0, -1]
+    return f"  [Anchor L{layer}] Selected Top-{tiles.size} Tiles (Head 0): {np.sort(tiles[tiles != NO_TILE])}"
+
+
+def sparse_layers(
+    plans: Sequence[LayerPlan], attended: Mapping[int, np.ndarray | None], tile_size: int, seq_len: int
+) -> str:
+    """Each layer's lines of a sparse run, for the last query tile."""
+    lines = []
+    for layer, plan in enumerate(plans):
+        if plan.mode == DENSE:
+            lines.append(f"  [Dense  L{layer}] Using all {tile_count(seq_len, tile_size)} tiles ({seq_len} tokens)")
+            continue
+        if plan.mode == ANCHOR:
+            lines.append(chosen_tiles(layer, attended[layer]))
+        else:
+            heads = ", ".join(f"H{head} uses Anchor H{source}" for head, source in enumerate(plan.head_map))
+            lines.append(f"  [Reuse  L{layer}] Applied Map (Anchor L{plan.anchor}): {heads}")
+        tokens = count_tokens(attended[layer][0, 0, -1], tile_size, seq_len)
+        lines.append(f"  [{plan.mode.title():6} L{layer}] Using {tokens} sparse tokens (vs {seq_len} full)")
+    return "\n".join(lines)
+
+
+def count_tokens(tiles_C: np.ndarray, tile_size: int, seq_len: int) -> int:
+    """Tokens in the given tiles; the sequence's last tile may be partly filled."""
+    used = tiles_C[tiles_C != NO_TILE].astype(np.int64)
+    return int(np.sum(np.minimum(tile_size, seq_len - used * tile_size)))
+
+
+def quality(quality: Quality, asked_density: float | None = None) -> str:
+    """The results section; the verdict fails as plainly as it passes."""
+    lines = [
+        RULE,
+        "📊 RESULTS ON REAL TEXT:",
+        RULE,
+        "",
+        f"   Dense Perplexity:  {quality.dense_perplexity:.4f}",
+        f"   Sparse Perplexity: {quality.sparse_perplexity:.4f}",
+        f"   Degradation:       {quality.degradation_pct:+.4f}%",
+        f"   Density:           {quality.density:.2%} of the causal (query tile, key tile) pairs,",
+        "                      counted over all layers",
+    ]
+    if asked_density is not None:
+        lines.append(
+            f"                      (asked for {asked_density:.0%} in sparse layers: layer 0 is dense, and own, sink\n"
+            "                      and local tiles are always kept)"
+        )
+    lines += [
+        "   (Rows of one query tile share their choice of tiles: later rows help to choose",
+        "   for earlier ones.)",
+        "",
+    ]
+    if quality.verdict == NOTHING_DROPPED:
+        lines.append("⚠️  Nothing was dropped: Top-K covers all tiles. Lower --top_k, or raise --seq_len.")
+    elif quality.verdict == SUCCESS:
+        lines.append(f"✅✅✅ SUCCESS! <{SUCCESS_PCT:.0f}% degradation achieved!")
+    else:
+        lines.append(f"❌ FAILED: degradation {quality.degradation_pct:+.2f}% is not under {SUCCESS_PCT:.0f}%.")
+    return "\n".join(lines) + "\n"
+
+
+def limit_kept(calibration_pct: float, quality: Quality, limit: float) -> str:
+    """What became of --max_degradation."""
+    return (
+        f"   Degradation on the calibration text {calibration_pct:+.2f}%, asked for under {limit:g}%;\n"
+        f"   on the unseen text {quality.degradation_pct:+.2f}%.\n"
+    )
+
+
+def timing(timing: Timing, meaning: str) -> str:
+    """Both arms' times, the speedup as it is, and what the numbers mean."""
+    n_runs = len(timing.dense_ms)
+    lines = [f"📊 Timing Results (median [min, max] of {n_runs} run{'s' * (n_runs > 1)}):"]
+    for name, times in (("Dense", timing.dense_ms), ("Sparse", timing.sparse_ms)):
+        lines.append(f"   {name + ':':8} {statistics.median(times):9.2f} ms  [{min(times):.2f}, {max(times):.2f}]")
+    speedup = timing.speedup
+    lines += [f"   Speedup: {speedup:.2f}x", f"   ({meaning})", ""]
+    if n_runs == 1:
+        lines.append(f"⚠️  Speedup: {speedup:.2f}x from one run of each, which says little. Raise --n_runs.")
+    elif round(speedup, 2) > 1:
+        lines.append(f"✅ Sparse is {speedup:.2f}x faster!")
+    else:
+        lines.append(f"⚠️  Speedup: {speedup:.2f}x: sparse is no faster here. Try a longer --seq_len.")
+    return "\n".join(lines)
+
+
+def attention_alone(samples: Mapping[str, Sequence[float]]) -> str:
+    """One layer's attention without the model around it, each kind against dense."""
+    dense = statistics.median(samples["dense"])
+    lines = [f"🔬 Attention alone, one layer, random inputs (median [min, max] of {len(samples['dense'])} runs):"]
+    for name, times in samples.items():
+        share = "" if name == "dense" else f"  {statistics.median(times) / dense:.2f} of dense"
+        lines.append(f"   {name.title() + ':':10} {spread(times):>24} ms{share}")
+    lines += [
+        "   (Selection is how an anchor chooses its tiles; an anchor selects, then attends as",
+        "   a reuse layer does.)",
+    ]
+    return "\n".join(lines)
+
+
+def spread(times: Sequence[float]) -> str:
+    """Median [min, max], with as many decimals as matter."""
+    decimals = 2 if statistics.median(times) < 1000 else 0
+    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(statistics.median(times), min(times), max(times), d=decimals)
+
+
+SWEEP_COLUMNS = "{:>8} {:>23} {:>23} {:>7} {:>7} {:>7}"
+
+
+def sweep_header(meaning: str) -> str:
+    """What the sweep's numbers mean, and its columns."""
+    names = ("tokens", "dense ms", "sparse ms", "speedup", "density", "peak MB")
+    return f"📈 SWEEP\n   ({meaning};\n    median [min, max]; peak memory up to that row)\n\n" + SWEEP_COLUMNS.format(
+        *names
+    )
+
+
+def sweep_row(row: SweepRow) -> str:
+    """One length's line."""
+    if row.skipped:
+        return f"{row.length:8} skipped: it {row.skipped}"
+    peak = "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 1e6:.0f}"
+    return SWEEP_COLUMNS.format(
+        row.length, spread(row.dense_ms), spread(row.sparse_ms), f"{row.speedup:.2f}x", f"{row.density:.2%}", peak
+    )
+
+
+def sweep_break_even(rows: Sequence[SweepRow]) -> str:
+    """Between which of the lengths sparse begins to be faster and stays so."""
+    between = break_even(rows)
+    if between is None:
+        return "   Break-even: unknown, no length was measured"
+    slower, faster = between
+    if faster is None:
+        text = f"   Break-even: beyond {slower} tokens, sparse is not faster there"
+    elif slower is None:
+        text = f"   Break-even: below {faster} tokens"
+    else:
+        text = f"   Break-even: between {slower} and {faster} tokens"
+    early = [row.length for row in rows if not row.skipped and row.speedup > 1 and row.length < (slower or 0)]
+    return text + (
+        f" (sparse was faster at {', '.join(map(str, early))} tokens too, but not in between)" if early else ""
+    )
