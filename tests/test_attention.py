@@ -69,36 +69,44 @@ ONE_SHAPE = [  # sixteen tiles, the last without its last three rows
 ]
 
 XLA, TPU, GPU = (SHAPES[kernel] for kernel in KERNELS)
-QUERY_TILES = [  # of the key tile's size, larger, and smaller
-    *((*case, case[1].tile_size) for case in CASES),
-    *(("xla", shape, 2 * shape.tile_size) for shape in (XLA[0], XLA[2])),
-    *(("xla", shape, shape.tile_size // 2) for shape in (XLA[1], XLA[4])),
+QUERY_TILES = [  # of the key tile's size, larger, and smaller: every shape once, and a default
+    ("xla", XLA[0], 4),
+    ("xla", XLA[0], 8),
+    ("xla", XLA[1], 8),
+    ("xla", XLA[2], 32),
+    ("xla", XLA[3], 3),
+    ("xla", XLA[4], 8),
     ("pallas_tpu", TPU[0], 32),
-    ("pallas_gpu", GPU[1], 64),
+    ("pallas_tpu", TPU[1], 128),
+    ("pallas_tpu", TPU[2], 128),
     ("pallas_gpu", GPU[0], 8),
+    ("pallas_gpu", GPU[0], 16),
+    ("pallas_gpu", GPU[1], 64),
+    ("pallas_gpu", GPU[2], 64),
+    ("pallas_gpu", GPU[3], 128),
 ]
-MORE_QUERY_TILES = [
-    *(("xla", shape, 2 * shape.tile_size) for shape in (XLA[1], XLA[3], XLA[4])),
-    *(("xla", shape, shape.tile_size // 2) for shape in (XLA[0], XLA[2])),
-    *(("pallas_tpu", shape, 32) for shape in TPU[1:]),
-    ("pallas_gpu", GPU[2], 128),
-    ("pallas_gpu", GPU[3], 64),
+SIZES = {"xla": (0.5, 1, 2), "pallas_tpu": (0.25, 1), "pallas_gpu": (0.5, 1, 2)}
+EVERY_QUERY_TILE = [
+    (kernel, shape, int(factor * shape.tile_size))
+    for kernel, shape in CASES
+    for factor in SIZES[kernel]
+    if not factor * shape.tile_size % 1 and (kernel != "pallas_gpu" or 8 <= factor * shape.tile_size <= 128)
 ]
 
 
-def in_turns(cases, values):
-    """Each case with one of the values that `values(case)` lists, which take turns; with the others it is `full`."""
-    params = []
-    for i, case in enumerate(cases):
-        options = list(values(case))
-        for j, option in enumerate(options):
-            marks = () if j == i % len(options) and case not in MORE_QUERY_TILES else pytest.mark.full
-            params.append(pytest.param(*case, *option, marks=marks))
-    return params
+def full(*values):
+    return pytest.param(*values, marks=pytest.mark.full)
 
 
-def dtypes_in_turns(cases):
-    return in_turns(cases, lambda case: [(dtype,) for dtype in DTYPES[case[0]]])
+def quick_in_turns(quick, every, options):
+    """Of the quick cases each with one of its options, which take turns; the rest of the product is `full`."""
+    chosen = [(*case, *options(case)[i % len(options(case))]) for i, case in enumerate(quick)]
+    product = [(*case, *option) for case in every for option in options(case)]
+    return [*chosen, *(full(*case) for case in product if case not in chosen)]
+
+
+def dtypes_in_turns(quick, every):
+    return quick_in_turns(quick, every, lambda case: [(dtype,) for dtype in DTYPES[case[0]]])
 
 
 # --- Running a kernel ---
@@ -107,7 +115,8 @@ def dtypes_in_turns(cases):
 @functools.cache
 def compiled(function, layout, kernel, avals, options):
     args = [jax.ShapeDtypeStruct(*aval) for aval in avals]
-    return compile_ahead(functools.partial(function, layout=layout, kernel=kernel, **dict(options)), args)
+    options = dict(options) | ({"kernel": kernel} if kernel else {})
+    return compile_ahead(functools.partial(function, layout=layout, **options), args)
 
 
 def run(function, kernel, shape, q, k, v=None, tiles=None, **options):
@@ -238,13 +247,20 @@ def check_error(got, inputs, visible):
 # --- Conformance ---
 
 
-@pytest.mark.parametrize(("kernel", "shape", "dtype"), dtypes_in_turns(CASES))
+DENSE_CASES = [
+    *(("xla", XLA[i]) for i in (0, 2, 3, 4)),
+    *(("pallas_tpu", TPU[i]) for i in (0, 1)),
+    ("pallas_gpu", GPU[2]),
+]
+
+
+@pytest.mark.parametrize(("kernel", "shape", "dtype"), dtypes_in_turns(DENSE_CASES, CASES))
 def test_dense_equals_naive(kernel, shape, dtype):
     qkv = inputs(shape, dtype)
     check_error(dense(kernel, shape, *qkv), qkv, causal(shape.T))
 
 
-@pytest.mark.parametrize(("kernel", "shape", "query_tile", "dtype"), dtypes_in_turns([*QUERY_TILES, *MORE_QUERY_TILES]))
+@pytest.mark.parametrize(("kernel", "shape", "query_tile", "dtype"), dtypes_in_turns(QUERY_TILES, EVERY_QUERY_TILE))
 def test_reuse_equals_naive_over_the_chosen_tiles(kernel, shape, query_tile, dtype):
     qkv, tiles = inputs(shape, dtype), random_tiles(shape, query_tile)
     selection = Selection(tile_size=shape.tile_size, query_tile=query_tile)
@@ -257,7 +273,7 @@ KEPT_AND_SCORING = [(0, 0, EXACT), (1, 0, FAST), (0, 1, FAST), (1, 1, EXACT)]  #
 
 @pytest.mark.parametrize(
     ("kernel", "shape", "query_tile", "sink_tiles", "local_tiles", "scoring"),
-    in_turns([*QUERY_TILES, *MORE_QUERY_TILES], lambda _: KEPT_AND_SCORING),
+    quick_in_turns(QUERY_TILES, EVERY_QUERY_TILE, lambda _: KEPT_AND_SCORING),
 )
 def test_chosen_tiles_are_the_best_of_a_naive_pooling_in_order(
     kernel, shape, query_tile, sink_tiles, local_tiles, scoring
@@ -270,11 +286,7 @@ def test_chosen_tiles_are_the_best_of_a_naive_pooling_in_order(
 
 
 @pytest.mark.parametrize(
-    ("kernel", "shape", "dtype"),
-    [
-        *(pytest.param(*case, DTYPES[case[0]][1], id=case[0]) for case in ONE_SHAPE),
-        *(pytest.param(*case, dtype, marks=pytest.mark.full) for case in CASES for dtype in DTYPES[case[0]]),
-    ],
+    ("kernel", "shape", "dtype"), quick_in_turns([("xla", XLA[0])], CASES, lambda case: [(DTYPES[case[0]][1],)])
 )
 def test_an_anchor_attends_to_what_it_chose(kernel, shape, dtype):
     qkv = inputs(shape, dtype)
@@ -285,16 +297,15 @@ def test_an_anchor_attends_to_what_it_chose(kernel, shape, dtype):
     check_error(out[:, : shape.T], qkv, visible_tiles(tiles, shape.tile_size, shape.tile_size, shape.T))
 
 
-@pytest.mark.parametrize(
-    ("kernel", "shape"),
-    [*ONE_SHAPE, *(pytest.param(*case, marks=pytest.mark.full) for case in CASES)],
-)
+SMALL = [("xla", XLA[0]), ("pallas_tpu", TPU[0]), ("pallas_gpu", GPU[1])]
+
+
+@pytest.mark.parametrize(("kernel", "shape"), [case if case in SMALL else full(*case) for case in CASES])
 def test_reuse_of_all_tiles_equals_dense(kernel, shape):
-    """A selection with room for all chooses all."""
     qkv = inputs(shape, DTYPES[kernel][0])
-    selection = Selection(tile_size=shape.tile_size, density=1)
-    tiles = choose(kernel, shape, *qkv[:2], selection)
-    check_error(reuse(kernel, shape, *qkv, tiles, selection=selection), qkv, causal(shape.T))
+    all_P = np.arange(tile_count(shape.T, shape.tile_size), dtype=np.int32)
+    tiles = np.broadcast_to(np.where(all_P <= all_P[:, None], all_P, NO_TILE), (shape.B, shape.K, *[len(all_P)] * 2))
+    check_error(reuse(kernel, shape, *qkv, tiles, selection=Selection(tile_size=shape.tile_size)), qkv, causal(shape.T))
 
 
 @pytest.mark.parametrize(("kernel", "shape"), ONE_SHAPE)
@@ -355,8 +366,8 @@ def test_rows_of_padding_choose_nothing(kernel, shape):
     ("kernel", "shape"),
     [
         ONE_SHAPE[0],
-        pytest.param("pallas_tpu", TPU[1], marks=pytest.mark.full),
-        pytest.param("pallas_gpu", GPU[0], marks=pytest.mark.full),
+        full("pallas_tpu", TPU[1]),
+        full("pallas_gpu", GPU[0]),
     ],
 )
 def test_each_head_attends_to_as_many_tiles_as_its_budget(kernel, shape):
@@ -371,22 +382,21 @@ def test_without_a_layout_any_length_is_padded():
     """To the same programs, so to the same bits."""
     shape = Shape(1, 61, 6, 2, 10, 4, 3, 256)
     q, k, v = inputs(shape, jnp.float32)
-    selection = Selection(tile_size=4, top_k=3)
-    out, tiles = attention.anchor(q, k, v, selection=selection)
-    padded_out, padded_tiles = run(attention.anchor, "xla", shape, q, k, v, selection=selection)
+    options = {"selection": Selection(tile_size=4, top_k=3)}
+    out, tiles = compile_ahead(functools.partial(attention.anchor, **options), (q, k, v))(q, k, v)
+    padded_out, padded_tiles = run(attention.anchor, "xla", shape, q, k, v, **options)
     np.testing.assert_array_equal(out, padded_out[:, :61])
     np.testing.assert_array_equal(tiles, padded_tiles)
-    np.testing.assert_array_equal(attention.dense(q, k, v), dense("xla", shape, q, k, v))
+    np.testing.assert_array_equal(compile_ahead(attention.dense, (q, k, v))(q, k, v), dense("xla", shape, q, k, v))
 
 
 def test_choose_chooses_by_score():
     shape = SHAPES["xla"][0]
     q, k, _ = inputs(shape, jnp.float32)
     selection = Selection(tile_size=shape.tile_size, top_k=shape.top_k)
-    scores = attention.score(q, k, selection=selection)
-    assert scores.shape == (2, 2, 16, 16)
+    scores = run(attention.score, None, shape, q, k, selection=selection)[:, :, :16]
     np.testing.assert_allclose(scores.sum(-1), [[[3 * 4] * 15 + [3 * 1]] * 2] * 2, rtol=1e-6)  # each row's shares are 1
-    np.testing.assert_array_equal(select_tiles(scores, selection), attention.choose(q, k, selection=selection))
+    np.testing.assert_array_equal(select_tiles(scores, selection), choose("xla", shape, q, k, selection))
 
 
 # --- What a kernel does not take ---
@@ -480,7 +490,7 @@ def test_bad_arguments_say_what_was_expected():
 # --- The GPU's kernels, without a GPU ---
 
 
-@pytest.mark.parametrize("scoring", [EXACT, pytest.param(FAST, marks=pytest.mark.full)])
+@pytest.mark.parametrize("scoring", [EXACT, full(FAST)])
 def test_the_gpu_scores_in_chunks_of_its_scratch(scoring, monkeypatch):
     """The last chunk is not full."""
     shape = Shape(2, 300, 3, 3, 64, 16, 4, 256)
@@ -500,7 +510,7 @@ QUICKLY_LOWERED = [LOWERED[i] for i in (0, 3, 12, 15)]  # each size of tile once
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="newer JAX also compiles them then, which needs a GPU")
 @pytest.mark.parametrize(
     ("model", "tile_size", "scoring"),
-    [case if case in QUICKLY_LOWERED else pytest.param(*case, marks=pytest.mark.full) for case in LOWERED],
+    [case if case in QUICKLY_LOWERED else full(*case) for case in LOWERED],
 )
 def test_the_gpus_programs_are_made_without_one(model, tile_size, scoring):
     """As far as Triton's own language, with no array of T x T even at 128k tokens; no GPU runs it here."""
