@@ -31,8 +31,8 @@ from attention.sharding import (
 )
 from attention.xla import matmul
 from kascade_core import ANCHOR, DENSE, LayerPlan, Selection, freeze_schedule, tile_count
-from weights.config import LlamaConfig, RopeScaling, chunk_shapes, layer_chunk, rope_frequencies
-from weights.folder import EMBEDDINGS_CHUNK, Manifest, read_chunks
+from weights.config import EMBEDDINGS_CHUNK, LlamaConfig, RopeScaling, chunk_shapes, layer_chunk, rope_frequencies
+from weights.folder import Manifest, read_chunks
 
 __all__ = ["Forward", "LlamaConfig", "LlamaModel", "RopeScaling", "count_parameters", "load_weights"]
 
