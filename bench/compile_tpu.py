@@ -65,6 +65,7 @@ class CompiledProgram:
 def use_compiler_alone() -> None:
     """JAX looks for no TPU. To be called before JAX's first computation."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several processes may compile at a time
     jax.config.update("jax_platforms", "cpu")
 
 

@@ -4,7 +4,6 @@ The least row of each kind is marked `tpu_compile`, all others `full`.
 """
 
 import itertools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,6 @@ ROWS = [*itertools.product(tpu.TOPOLOGIES, tpu.SHAPES, tpu.LENGTHS, tpu.KINDS)]
 
 @pytest.fixture(scope="module", autouse=True)
 def compiler():
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # the tests run in several processes
     tpu.use_compiler_alone()
 
 
