@@ -113,9 +113,7 @@ def _reuse(
     _, Q, R, _ = q_ZQRH.shape
     used_ZQ = (tiles_BKQC != NO_TILE).sum(-1).reshape(B * K, Q)
     last_ZQ1 = jnp.take_along_axis(tiles_BKQC.reshape(B * K, Q, C), used_ZQ[..., None] - 1, axis=-1)
-    tiles_ZQC = jnp.minimum(
-        tiles_BKQC.reshape(B * K, Q, C), last_ZQ1
-    )  # unused slots repeat the last tile, which is not copied again
+    tiles_ZQC = jnp.minimum(tiles_BKQC.reshape(B * K, Q, C), last_ZQ1)  # unused slots repeat the last: no new copy
 
     def attend(interpret: bool) -> Callable[..., Any]:
         return pl.pallas_call(
