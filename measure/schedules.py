@@ -27,7 +27,7 @@ from kascade_core import (
 from measure.layerwise import Calibration, Observation
 from measure.search import ranks_of, search_schedule, seen_by_query_tile
 from measure.settings import DP, MASS, MOST_TOKENS, SEARCH, Settings
-from measure.texts import hash_of
+from measure.texts import CalibratedOn
 from report.results import write_json
 from weights.folder import Manifest
 
@@ -138,14 +138,14 @@ LAYER_FIELDS = ("mode", "anchor", "head_map", "budgets")
 
 
 def save_schedule(
-    path: Path, plans: Sequence[LayerPlan], selection: Selection, manifest: Manifest, calibration_ids: jax.Array
+    path: Path, plans: Sequence[LayerPlan], selection: Selection, manifest: Manifest, calibration: Sequence[jax.Array]
 ) -> None:
-    """Writes a schedule with what it was made for and from: the model, the tile sizes, the calibration window."""
+    """Writes a schedule with what it was made for and from: the model, the tile sizes, the calibration windows."""
     saved = {
         "format_version": SCHEDULE_VERSION,
         "model": {"name": manifest.model, "fingerprint": manifest.fingerprint},
         "selection": dataclasses.asdict(selection),
-        "calibration": {"tokens": calibration_ids.size, "sha256": hash_of(calibration_ids)},
+        "calibration": dataclasses.asdict(CalibratedOn.of(calibration)),
         "layers": [{name: getattr(plan, name) for name in LAYER_FIELDS} for plan in plans],
     }
     write_json(path, saved)
@@ -153,11 +153,11 @@ def save_schedule(
 
 @dataclasses.dataclass(frozen=True)
 class SavedSchedule:
-    """A schedule from a file; `calibrated_on` is the number of tokens that it was made from, and their hash."""
+    """A schedule from a file, and what it was made from."""
 
     plans: Schedule
     selection: Selection
-    calibrated_on: tuple[int, str]
+    calibrated_on: CalibratedOn
 
 
 def load_schedule(path: Path, manifest: Manifest) -> SavedSchedule:
@@ -200,10 +200,16 @@ def _parse_schedule(saved: Mapping[str, Any], path: Path, manifest: Manifest) ->
     ]
     config = manifest.config
     plans = freeze_schedule(layers, config.num_hidden_layers, config.num_key_value_heads)
-    calibrated_on = saved["calibration"]["tokens"], saved["calibration"]["sha256"]
-    if tuple(map(type, calibrated_on)) != (int, str) or not 1 < calibrated_on[0] <= MOST_TOKENS:
-        raise InputError(f"calibration must be a number of tokens and a hash, got {quote(calibrated_on)}")
-    return SavedSchedule(plans, Selection(**sizes), calibrated_on)
+    return SavedSchedule(plans, Selection(**sizes), _parse_calibration(saved["calibration"]))
+
+
+def _parse_calibration(saved: Mapping[str, Any]) -> CalibratedOn:
+    tokens, windows, sha256 = saved["tokens"], saved["windows"], saved["sha256"]
+    if tuple(map(type, (tokens, windows, sha256))) != (int, int, str) or not (
+        1 < tokens <= MOST_TOKENS and 0 < windows <= MOST_TOKENS
+    ):
+        raise InputError(f"calibration must be a number of tokens, of windows, and a hash, got {quote(saved)}")
+    return CalibratedOn(tokens, windows, sha256)
 
 
 def _frozen(value: Any) -> Any:

@@ -23,6 +23,8 @@ JACCARD, MASS = "jaccard", "mass"  # similarity of layers
 UNIFORM, PER_LAYER, PER_HEAD = "uniform", "layer", "head"  # who has a budget of its own
 ANCHOR_SHARE = 0.3  # of the layers, when --anchors is not given
 MOST_TOKENS = 2**31 - 1  # positions are 32-bit numbers
+DEFAULT_WINDOWS = 4  # of the test text
+LIMIT_WINDOWS = (3, 8)  # of the calibration text with max_degradation: at least one to fit and two to check on
 
 
 def _flag(default: Any, help: str, choices: Sequence[str] | None = None, metavar: str | None = None) -> Any:
@@ -70,7 +72,14 @@ class Settings:
     calib_text: Path | None = _flag(
         None, "UTF-8 text to calibrate on (the tokens of --text before the tested ones)", metavar="FILE"
     )
-    seq_len: int = _flag(512, "tokens in the calibration window and in the test window, at least 2")
+    seq_len: int = _flag(512, "tokens in each window, at least 2")
+    windows: int | None = _flag(
+        None, f"windows to test on, one after another ({DEFAULT_WINDOWS}, or as many as the text holds)"
+    )
+    calib_windows: int | None = _flag(
+        None,
+        f"windows to calibrate on (1; with --max_degradation {LIMIT_WINDOWS[1]}, or as many as the text holds)",
+    )
     n_runs: int = _flag(5, "timed runs of each kind")
     dtype: str = _flag("auto", "of matrix inputs; auto takes the faster of float32 and bfloat16", ("auto", *DTYPES))
     kernel: str = _flag(
@@ -114,7 +123,8 @@ class Settings:
             object.__setattr__(self, name, value)
 
     def _check_ranges(self) -> None:
-        for name, least in (("max_reuse_dist", 1), ("anchors", 1), ("n_runs", 1), ("seq_len", 2)):
+        at_least_one = ("max_reuse_dist", "anchors", "n_runs", "windows", "calib_windows")
+        for name, least in (*((name, 1) for name in at_least_one), ("seq_len", 2)):
             value = getattr(self, name)
             if value is not None and not least <= value <= MOST_TOKENS:
                 raise InputError(f"{name} must be at least {least} and below 2^31, got {quote(value)}")
@@ -122,6 +132,11 @@ class Settings:
             raise InputError(f"threshold must be in [0, 1], got {self.threshold}")
         if self.max_degradation is not None and not 0 < self.max_degradation < math.inf:
             raise InputError(f"max_degradation must be above 0, got {self.max_degradation}")
+        if self.max_degradation is not None and self.calib_windows in range(1, LIMIT_WINDOWS[0]):
+            raise InputError(
+                f"calib_windows must be at least {LIMIT_WINDOWS[0]} with max_degradation, which fits on some and "
+                f"checks on the others, got {self.calib_windows}"
+            )
         if self.verbose and self.quiet:
             raise InputError("verbose and quiet exclude each other: give one of them")
 
@@ -135,6 +150,7 @@ class Settings:
             "budgets": (SEARCH,),
             "max_degradation": (SEARCH,),
             "save_schedule": (THRESHOLD, DP, SEARCH),
+            "calib_windows": (THRESHOLD, DP, SEARCH),
         }.items():
             if getattr(self, name) is not None and self.scheduler not in schedulers:
                 maker = "load_schedule" if self.scheduler == LOADED else f"scheduler {self.scheduler}"
@@ -162,6 +178,18 @@ class Settings:
             return cls(selection=Selection(**sizes), **given)
         except InputError as error:
             parser.error(str(error))
+
+    @property
+    def test_windows(self) -> tuple[int, int]:
+        """How many windows are tested, at least and at most."""
+        return (1, DEFAULT_WINDOWS) if self.windows is None else (self.windows, self.windows)
+
+    @property
+    def calibration_windows(self) -> tuple[int, int]:
+        """How many windows calibrate, at least and at most."""
+        if self.calib_windows is not None:
+            return self.calib_windows, self.calib_windows
+        return (1, 1) if self.max_degradation is None else LIMIT_WINDOWS
 
     def for_model(self, config: LlamaConfig) -> Settings:
         """The settings with the defaults that depend on the model resolved.

@@ -10,6 +10,7 @@ import numpy as np
 
 from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, LayerPlan, tile_count
 from report.results import (
+    FAILED,
     NOTHING_DROPPED,
     SUCCESS,
     SUCCESS_PCT,
@@ -149,7 +150,7 @@ def count_tokens(tiles_C: np.ndarray, tile_size: int, seq_len: int) -> int:
     return int(np.sum(np.minimum(tile_size, seq_len - used * tile_size)))
 
 
-def quality(quality: Quality, asked_density: float | None = None) -> str:
+def quality(quality: Quality, settings: Any) -> str:
     """The results section; the verdict fails as plainly as it passes."""
     lines = [
         RULE,
@@ -158,27 +159,83 @@ def quality(quality: Quality, asked_density: float | None = None) -> str:
         "",
         f"   Dense Perplexity:  {quality.dense_perplexity:.4f}",
         f"   Sparse Perplexity: {quality.sparse_perplexity:.4f}",
-        f"   Degradation:       {quality.degradation_pct:+.4f}%",
+        *degradation(quality),
+        *divergence(quality),
         f"   Density:           {quality.density:.2%} of the causal (query tile, key tile) pairs,",
         "                      counted over all layers",
     ]
-    if asked_density is not None:
+    asked = settings.selection.density
+    if asked is not None and not settings.load_schedule:
         lines.append(
-            f"                      (asked for {asked_density:.0%} in sparse layers: layer 0 is dense, and own, sink\n"
+            f"                      (asked for {asked:.0%} in sparse layers: layer 0 is dense, and own, sink\n"
             "                      and local tiles are always kept)"
         )
     lines += [
         "   (Rows of one query tile share their choice of tiles: later rows help to choose",
         "   for earlier ones.)",
         "",
+        *verdict(quality, settings),
     ]
-    if quality.verdict == NOTHING_DROPPED:
-        lines.append("⚠️  Nothing was dropped: Top-K covers all tiles. Lower --top_k, or raise --seq_len.")
-    elif quality.verdict == SUCCESS:
-        lines.append(f"✅✅✅ SUCCESS! <{SUCCESS_PCT:.0f}% degradation achieved!")
-    else:
-        lines.append(f"❌ FAILED: degradation {quality.degradation_pct:+.2f}% is not under {SUCCESS_PCT:.0f}%.")
     return "\n".join(lines) + "\n"
+
+
+def degradation(quality: Quality) -> list[str]:
+    """The change of perplexity with both of its standard errors, and the interval where there are several windows."""
+    text = f"   Degradation:       {quality.degradation_pct:+.4f}%"
+    errors = [(quality.se_windows, f"{quality.windows} windows"), (quality.se_tokens, f"{quality.predictions} tokens")]
+    errors = [f"± {100 * error:.2f} over {what}" for error, what in errors if error is not None]
+    lines = [f"{text} {', '.join(errors)}".rstrip()]
+    if errors:
+        lines.append("                      (standard errors; tokens are not independent, so theirs is too small)")
+    if quality.interval_pct:
+        low, high = quality.interval_pct
+        lines.append(
+            f"                      95% interval {low:+.2f}% to {high:+.2f}% (Student's t, {quality.windows} windows)"
+        )
+    return lines
+
+
+def divergence(quality: Quality) -> list[str]:
+    """KL divergence from dense, the likeliest token, and the right token's probability."""
+    kl, top1_error = quality.kl, quality.same_top1_se
+    correlation = "" if quality.correlation is None else f"correlation {quality.correlation:.4f}, "
+    return [
+        f"   KL from Dense:     {kl.mean:.5f}{'' if kl.se is None else f' ± {kl.se:.5f}'} nats a token; median "
+        f"{kl.median:.5f},",
+        f"                      90% {kl.p90:.4f}, 99% {kl.p99:.4f}, 99.9% {kl.p999:.4f}, largest {kl.max:.4f}",
+        f"   Same Top-1 Token:  {quality.same_top1:.2%}{'' if top1_error is None else f' ± {100 * top1_error:.2f}'}",
+        f"   Right Token:       {correlation}RMS change of its probability {quality.rms_dp:.2%}",
+    ]
+
+
+def verdict(quality: Quality, settings: Any) -> list[str]:
+    """Whether the loss is under SUCCESS_PCT as far as its error lets one say, and what to try if it is not."""
+    limit, loss = f"{SUCCESS_PCT:.0f}%", f"{quality.degradation_pct:+.2f}%"
+    if quality.verdict == NOTHING_DROPPED:
+        return ["⚠️  Nothing was dropped: Top-K covers all tiles. Lower --top_k, or raise --seq_len."]
+    if quality.verdict == SUCCESS:
+        return [f"✅✅✅ SUCCESS! <{limit} degradation achieved!"]
+    if quality.verdict == FAILED:
+        return [f"❌ FAILED: degradation {loss} is not under {limit}.", advice(quality, settings)]
+    needed = quality.windows_needed
+    more = "" if needed is None else f"; about {needed} probably could (--windows)"
+    windows = "1 window" if quality.windows == 1 else f"{quality.windows} windows"
+    return [
+        f"⚠️  UNDECIDED: degradation {loss}, and {windows} cannot tell whether it is under {limit}{more}.",
+        advice(quality, settings),
+    ]
+
+
+def advice(quality: Quality, settings: Any) -> str:
+    """What to try next, and its cost in density. Tiles of 8 tokens are for a CPU: kernels want larger ones."""
+    density = quality.advised_density(searched=settings.scheduler == "search")
+    tiles = " --tile_size 8 --query_tile 8" if settings.device == "cpu" else ""
+    return (
+        f"   Try --scheduler search{tiles} --density {density:.2f} ({density:.0%} of the tiles\n"
+        f"   in sparse layers, {quality.sparse_density:.0%} now), which would probably lose about half of that."
+        if density < 1
+        else "   Try a larger --top_k or --density: nearly every tile is needed here."
+    )
 
 
 def limit_kept(calibration_pct: float, quality: Quality, limit: float) -> str:
