@@ -96,7 +96,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     settings = dataclasses.replace(settings, windows=len(windows.test), calib_windows=len(windows.calibration) or None)
 
     model_dense = LlamaModel(manifest.config, None, settings.selection, dtype=dtype, kernel=settings.kernel)
-    calibration_pct = None
+    limit_check = None
     if settings.load_schedule:
         plans = saved.plans
     else:
@@ -104,7 +104,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         calibration = Calibration(model_dense, params, windows.calibration, mesh)
         if settings.verbose:
             say("\n".join(console.chosen_tiles(layer, tiles) for layer, tiles in calibration.tiles.items()))
-        plans, calibration_pct = find_schedule(settings, calibration)
+        plans, limit_check = find_schedule(settings, calibration)
     model_sparse = model_dense.clone(schedule=plans)
     say("\n⚡ Generating Optimized Schedule:")
     say(console.schedule(model_sparse.schedule, settings))
@@ -131,8 +131,8 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     compared = compare(model_dense, params, windows.test, dense_outputs, sparse_outputs, mesh)
     quality = Quality(compared, [density_of(tiles) for tiles in attended.values()])
     print("\n" + console.quality(quality, settings))
-    if calibration_pct is not None:
-        print(console.limit_kept(calibration_pct, quality, settings.max_degradation))
+    if limit_check:
+        print(console.limit_kept(limit_check, quality, settings.max_degradation))
 
     print(f"⏱️  SPEEDUP BENCHMARK\n{console.RULE}\n")
     say(f"Benchmarking {settings.n_runs} runs each...")
@@ -163,7 +163,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         machine=machine,
         prefix=windows.prefix,
         schedule=[Layer(plan, density_of(attended[i])) for i, plan in enumerate(model_sparse.schedule)],
-        calibration_pct=calibration_pct,
+        limit_check=limit_check,
         quality=quality,
         timing=timing,
         attention_ms=attention_ms,

@@ -28,12 +28,12 @@ from measure.layerwise import Calibration, Observation
 from measure.search import ranks_of, search_schedule, seen_by_query_tile
 from measure.settings import DP, MASS, MOST_TOKENS, SEARCH, Settings
 from measure.texts import CalibratedOn
-from report.results import write_json
+from report.results import LimitCheck, write_json
 from weights.folder import Manifest
 
 
-def find_schedule(settings: Settings, calibration: Calibration) -> tuple[Schedule, float | None]:
-    """The schedule that the settings ask for, and its degradation on the calibration text (percent) if measured."""
+def find_schedule(settings: Settings, calibration: Calibration) -> tuple[Schedule, LimitCheck | None]:
+    """The schedule that the settings ask for, and what it cost on held-out calibration windows if measured."""
     if settings.scheduler == SEARCH:
         return search_schedule(calibration, settings.anchors, settings.budgets, settings.max_degradation)
     importance_L = None

@@ -14,6 +14,7 @@ from report.results import (
     NOTHING_DROPPED,
     SUCCESS,
     SUCCESS_PCT,
+    LimitCheck,
     Machine,
     Model,
     Quality,
@@ -232,17 +233,18 @@ def advice(quality: Quality, settings: Any) -> str:
     tiles = " --tile_size 8 --query_tile 8" if settings.device == "cpu" else ""
     return (
         f"   Try --scheduler search{tiles} --density {density:.2f} ({density:.0%} of the tiles\n"
-        f"   in sparse layers, {quality.sparse_density:.0%} now), which would probably lose about half of that."
+        f"   in sparse layers, {quality.sparse_density:.0%} now), which probably loses about {SUCCESS_PCT / 2:.0f}%."
         if density < 1
         else "   Try a larger --top_k or --density: nearly every tile is needed here."
     )
 
 
-def limit_kept(calibration_pct: float, quality: Quality, limit: float) -> str:
+def limit_kept(check: LimitCheck, quality: Quality, limit: float) -> str:
     """What became of --max_degradation."""
     return (
-        f"   Degradation on the calibration text {calibration_pct:+.2f}%, asked for under {limit:g}%;\n"
-        f"   on the unseen text {quality.degradation_pct:+.2f}%.\n"
+        f"   Degradation on {len(check.delta_log_ppl)} held-out calibration windows {check.mean_pct:+.2f}%, at most "
+        f"{check.upper_pct:+.2f}% (95% confidence),\n"
+        f"   asked for under {limit:g}%; on the unseen text {quality.degradation_pct:+.2f}%.\n"
     )
 
 

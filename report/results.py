@@ -220,6 +220,28 @@ def _window_to_json(window: Comparison) -> dict[str, float]:
 
 
 @dataclasses.dataclass(frozen=True)
+class LimitCheck:
+    """What a schedule made for --max_degradation cost on calibration windows that it was not made from.
+
+    Attributes:
+      delta_log_ppl: change of the log perplexity on each, nats; at least two.
+    """
+
+    delta_log_ppl: tuple[float, ...]
+
+    @property
+    def mean_pct(self) -> float:
+        """Degradation over all of them."""
+        return change_pct(float(np.mean(self.delta_log_ppl)))
+
+    @property
+    def upper_pct(self) -> float:
+        """The degradation that the true one is under with 95 % confidence, by Student's t over windows."""
+        reach = student_quantile(0.95, len(self.delta_log_ppl) - 1) * standard_error(np.array(self.delta_log_ppl))
+        return change_pct(float(np.mean(self.delta_log_ppl)) + reach)
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """One layer's plan, and the causal density counted in the sparse run."""
 
@@ -314,7 +336,7 @@ class Results:
       date: UTC, ISO 8601.
       command: the command line.
       prefix: what stands before the text of every window, such as "<s>".
-      calibration_pct: degradation on the calibration text, where a limit was asked for.
+      limit_check: of the schedule, where a limit was asked for.
       attention_ms: samples of one layer's attention by kind: dense, selection, anchor, reuse.
     """
 
@@ -325,7 +347,7 @@ class Results:
     machine: Machine
     prefix: str
     schedule: Sequence[Layer]
-    calibration_pct: float | None
+    limit_check: LimitCheck | None
     quality: Quality
     timing: Timing
     attention_ms: Mapping[str, Sequence[float]]
@@ -348,7 +370,8 @@ class Results:
             "dense": {"perplexity": quality.dense_perplexity, "compile_s": timing.dense_compile_s},
             "sparse": {"perplexity": quality.sparse_perplexity, "compile_s": timing.sparse_compile_s},
             "degradation_pct": quality.degradation_pct,
-            "calibration_degradation_pct": self.calibration_pct,
+            "calibration_degradation_pct": self.limit_check and self.limit_check.mean_pct,
+            "calibration_upper_pct": self.limit_check and self.limit_check.upper_pct,
             "density": quality.density,
             "verdict": quality.verdict,
             "quality": quality.to_json(),
