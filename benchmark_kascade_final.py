@@ -44,7 +44,7 @@ from measure.machine import (
     processor_name,
     time_interleaved,
 )
-from measure.quality import compare, run_windows
+from measure.quality import compare, long_context_loss, run_windows
 from measure.schedules import find_schedule, load_schedule, save_schedule
 from measure.settings import Settings
 from measure.texts import Windows, load_windows
@@ -131,6 +131,11 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     compared = compare(model_dense, params, windows.test, dense_outputs, sparse_outputs, mesh)
     quality = Quality(compared, [density_of(tiles) for tiles in attended.values()])
     print("\n" + console.quality(quality, settings))
+    long_context = None
+    if settings.long_ppl:
+        prefix = windows.prefix_tokens
+        long_context = long_context_loss(model_dense, params, windows.test, compared, prefix, mesh)
+        print(console.long_context(long_context))
     if limit_check:
         print(console.limit_kept(limit_check, quality, settings.max_degradation))
 
@@ -168,6 +173,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         timing=timing,
         attention_ms=attention_ms,
         sweep=rows,
+        long_context=long_context,
         peak_memory_bytes=peak_memory(devices[0]),
     )
     if settings.json:

@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from attention.sharding import ROWS, WHOLE, jit, pad_axis, shard
 from kascade_core import tile_count
 from llama_model import Comparison, Forward, LlamaModel, Output
+from measure.settings import SHORT_CONTEXT
+from report.results import LongContext
 
 
 def run_windows(forward: Forward, params: Any, windows: Sequence[jax.Array]) -> list[Output]:
@@ -64,6 +67,60 @@ def compare(
         result = jax.device_get(program(params, a.stream[:, :-1], b.stream[:, :-1], ids_BT[:, 1:]))
         compared.append(Comparison(*(_row(values) for values in result)))
     return compared
+
+
+# --- Tokens that need a long context (LongPPL, arXiv 2410.23771) ---
+
+STRIDE = 128  # tokens whose loss with a short context comes from one forward, so that its length varies by as many
+LEAST_GAIN = 2.0  # nats that the long context must save
+LARGEST_LOSS = 2.0  # nats that may be left with it
+
+
+def short_contexts(ids_BT: jax.Array, prefix: int) -> dict[int, jax.Array]:
+    """{place of its first token: a piece of the window}, SHORT_CONTEXT + STRIDE tokens after the window's prefix."""
+    ids_T, reach = np.asarray(ids_BT)[0], SHORT_CONTEXT + STRIDE
+    starts = [*range(prefix + STRIDE, ids_T.size - reach, STRIDE), ids_T.size - reach]
+    return {start: jnp.asarray([[*ids_T[:prefix], *ids_T[start : start + reach]]], jnp.int32) for start in starts}
+
+
+def short_context_nll(forward: Forward, params: Any, ids_BT: jax.Array, prefix: int) -> np.ndarray:
+    """Losses float64 [T - 1] of a window's tokens with the SHORT_CONTEXT to SHORT_CONTEXT + STRIDE - 1 tokens before.
+
+    -inf where there are no more tokens before anyway. `prefix` tokens begin every context.
+    """
+    nll = np.full(ids_BT.size - 1, -np.inf)
+    for start, piece in short_contexts(ids_BT, prefix).items():
+        last = start + SHORT_CONTEXT + STRIDE - 1
+        nll[last - STRIDE : last] = np.asarray(forward(params, piece).nll)[0, -STRIDE:]
+    return nll
+
+
+def long_context_loss(
+    model: LlamaModel,
+    params: Any,
+    windows: Sequence[jax.Array],
+    compared: Sequence[Comparison],
+    prefix: int,
+    mesh: Mesh | None = None,
+) -> LongContext:
+    """Both arms' losses on the tokens that need the long context; the dense model decides which those are.
+
+    Args:
+      model: dense.
+      params: its variables.
+      windows: int32 ids [1, T], T at least 2 SHORT_CONTEXT.
+      compared: what `compare` returned for them.
+      prefix: tokens that begin every window.
+      mesh: the run's devices.
+    """
+    forward = model.compile(params, jax.ShapeDtypeStruct((1, prefix + SHORT_CONTEXT + STRIDE), jnp.int32), mesh)
+    dense, sparse = [], []
+    for ids_BT, window in zip(windows, compared, strict=True):
+        gain = short_context_nll(forward, params, ids_BT, prefix) - window.dense_nll
+        needs = (gain > LEAST_GAIN) & (window.dense_nll < LARGEST_LOSS)
+        dense.append(window.dense_nll[needs])
+        sparse.append(window.sparse_nll[needs])
+    return LongContext(np.concatenate(dense), np.concatenate(sparse))
 
 
 def _row(values_BT: np.ndarray) -> np.ndarray:

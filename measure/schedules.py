@@ -14,6 +14,7 @@ import numpy as np
 from errors import InputError, quote
 from kascade_core import (
     ANCHOR,
+    DENSE,
     FIRST_LAYER,
     REUSE,
     LayerPlan,
@@ -29,6 +30,7 @@ from measure.search import ranks_of, search_schedule, seen_by_query_tile
 from measure.settings import DP, MASS, MOST_TOKENS, SEARCH, Settings
 from measure.texts import CalibratedOn
 from report.results import LimitCheck, write_json
+from weights.config import LlamaConfig
 from weights.folder import Manifest
 
 
@@ -43,9 +45,14 @@ def find_schedule(settings: Settings, calibration: Calibration) -> tuple[Schedul
     else:
         similarity_LL = similarity_matrix(calibration.tiles)
     if settings.scheduler == DP:
-        plans = decide_nearest(similarity_LL, dp_anchors(similarity_LL, settings.anchors, importance_L))
+        anchors = settings.anchor_layers or dp_anchors(similarity_LL, settings.anchors, importance_L)
+        plans = decide_nearest(
+            similarity_LL, anchors, "named" if settings.anchor_layers else "chosen by dynamic programming"
+        )
     else:
         plans = decide_by_threshold(similarity_LL, settings.threshold, settings.max_reuse_dist)
+    if settings.head_maps:
+        return with_head_maps(plans, load_head_maps(settings.head_maps, calibration.model.config)), None
     if settings.similarity != MASS:
         return add_head_maps(plans, calibration.tiles), None
     return tuple(
@@ -118,12 +125,18 @@ def dp_anchors(similarity_LL: np.ndarray, num_anchors: int, importance_L: np.nda
     return anchors[::-1]
 
 
-def decide_nearest(similarity_LL: np.ndarray, anchors: Sequence[int]) -> Schedule:
-    """Every layer that is no anchor reuses the nearest anchor before it, as the paper's programme counts."""
+def decide_nearest(similarity_LL: np.ndarray, anchors: Sequence[int], reason: str = "") -> Schedule:
+    """Every layer that is no anchor reuses the nearest anchor before it, as the paper's programme counts.
+
+    Layers before the first anchor are DENSE; `reason` is that of the anchors.
+    """
     plans = [FIRST_LAYER]
     for layer in range(1, len(similarity_LL)):
         if layer in anchors:
-            plans.append(LayerPlan(ANCHOR, reason="chosen by dynamic programming"))
+            plans.append(LayerPlan(ANCHOR, reason=reason))
+            continue
+        if layer < min(anchors):
+            plans.append(LayerPlan(DENSE, reason="before the first anchor"))
             continue
         anchor = max(a for a in anchors if a < layer)
         similarity = float(similarity_LL[layer, anchor])
@@ -131,7 +144,38 @@ def decide_nearest(similarity_LL: np.ndarray, anchors: Sequence[int]) -> Schedul
     return tuple(plans)
 
 
+def with_head_maps(plans: Sequence[LayerPlan], maps_LK: np.ndarray) -> Schedule:
+    """The schedule with each REUSE layer's own row as its head map."""
+    return tuple(
+        dataclasses.replace(plan, head_map=tuple(map(int, row))) if plan.mode == REUSE else plan
+        for plan, row in zip(plans, maps_LK, strict=True)
+    )
+
+
 # --- Files ---
+
+
+def load_head_maps(path: Path, config: LlamaConfig) -> np.ndarray:
+    """int [L, K]: for each layer and KV head the anchor's KV head, as the paper's reference code saves them.
+
+    Raises:
+      InputError: the file cannot be read, or is not such an array for this model.
+    """
+    try:
+        with path.open("rb") as file:
+            maps_LK = np.lib.format.read_array(file, allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"head_maps {path} cannot be read: {error.strerror}") from error
+    except (ValueError, EOFError, SyntaxError, MemoryError) as error:
+        raise InputError(f"head_maps {path} is not a .npy array: {quote(str(error))}") from error
+    expected, K = (config.num_hidden_layers, config.num_key_value_heads), config.num_key_value_heads
+    if maps_LK.shape != expected or maps_LK.dtype.kind not in "iu" or not ((maps_LK >= 0) & (maps_LK < K)).all():
+        raise InputError(
+            f"head_maps {path}: expected whole numbers from 0 to {K - 1}, an array {expected} of layers and KV heads, "
+            f"got {maps_LK.dtype} {maps_LK.shape}"
+        )
+    return maps_LK
+
 
 SCHEDULE_VERSION = 2
 LAYER_FIELDS = ("mode", "anchor", "head_map", "budgets")

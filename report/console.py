@@ -15,6 +15,7 @@ from report.results import (
     SUCCESS,
     SUCCESS_PCT,
     LimitCheck,
+    LongContext,
     Machine,
     Model,
     Quality,
@@ -22,6 +23,7 @@ from report.results import (
     Timing,
     break_even,
     count_modes,
+    layer_types,
 )
 
 RULE = "=" * 70
@@ -42,6 +44,7 @@ def configuration(settings: Any) -> str:
         rows += [
             ("Tile Size", selection.tile_size),
             budget,
+            *([("Least Tiles", selection.min_tiles)] if selection.min_tiles else []),
             ("Sink Tiles", selection.sink_tiles),
             ("Local Tiles", selection.local_tiles),
             ("Query Tile", selection.query_tile),
@@ -59,7 +62,8 @@ def describe_scheduler(settings: Any) -> str:
     if settings.scheduler == "search":
         limit = "" if settings.max_degradation is None else f", degradation under {settings.max_degradation:g}%"
         return f"search, budgets by {settings.budgets}{limit}"
-    return f"{settings.scheduler}, {settings.similarity}"
+    anchors = f", anchors {', '.join(map(str, settings.anchor_layers))}" if settings.anchor_layers else ""
+    return f"{settings.scheduler}, {settings.similarity}{anchors}"
 
 
 def describe_budget(settings: Any) -> str:
@@ -69,7 +73,10 @@ def describe_budget(settings: Any) -> str:
     if settings.scheduler == "search":
         return f"searched budgets by {settings.budgets}"
     selection = settings.selection
-    return f"Top-K {selection.top_k}" if selection.density is None else f"density {selection.density:g}"
+    if selection.density is None:
+        return f"Top-K {selection.top_k}"
+    least = f" (at least {selection.min_tiles} tiles)" if selection.min_tiles else ""
+    return f"density {selection.density:g}{least}"
 
 
 def describe_timing(settings: Any, machine: Machine) -> str:
@@ -103,7 +110,7 @@ def schedule(plans: Sequence[LayerPlan], settings: Any) -> str:
         lines.append(f"  Layer {layer}: {plan.mode}{target} ({plan.reason})")
     reused = count_modes(plans)[REUSE]
     lines += ["", f"📋 Final Schedule: {reused} REUSE, {len(plans) - reused} ANCHOR/DENSE", ""]
-    return "\n".join(lines) + "\n" + strip(plans)
+    return "\n".join(lines) + "\n" + strip(plans) + f"\n   Full or shared: {layer_types(plans)}\n"
 
 
 def strip(plans: Sequence[LayerPlan], per_row: int = 12) -> str:
@@ -236,6 +243,19 @@ def advice(quality: Quality, settings: Any) -> str:
         f"   in sparse layers, {quality.sparse_density:.0%} now), which probably loses about {SUCCESS_PCT / 2:.0f}%."
         if density < 1
         else "   Try a larger --top_k or --density: nearly every tile is needed here."
+    )
+
+
+def long_context(found: LongContext) -> str:
+    """Perplexity over the tokens that need the long context."""
+    values = found.to_json()
+    if not found.tokens:
+        return "   LongPPL: no token of the test windows needs more context than the short one.\n"
+    error = "" if values["se_tokens"] is None else f" ± {100 * values['se_tokens']:.2f}"
+    return (
+        f"   LongPPL: {values['dense_perplexity']:.4f} dense, {values['sparse_perplexity']:.4f} sparse, "
+        f"{values['degradation_pct']:+.2f}%{error},\n"
+        f"   over the {found.tokens} tokens that need a long context\n"
     )
 
 

@@ -219,6 +219,32 @@ def _window_to_json(window: Comparison) -> dict[str, float]:
     }
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LongContext:
+    """Losses, nats, of the tokens that need a long context (`measure.quality.long_context_loss`)."""
+
+    dense_nll: np.ndarray
+    sparse_nll: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """How many there are; without any there is no figure."""
+        return self.dense_nll.size
+
+    def to_json(self) -> dict[str, Any]:
+        """The report's "long_ppl"."""
+        if not self.tokens:
+            return {"tokens": 0}
+        dense, sparse = perplexity_of(self.dense_nll), perplexity_of(self.sparse_nll)
+        return {
+            "tokens": self.tokens,
+            "dense_perplexity": dense,
+            "sparse_perplexity": sparse,
+            "degradation_pct": degradation_pct(dense, sparse),
+            "se_tokens": standard_error(self.sparse_nll - self.dense_nll),
+        }
+
+
 @dataclasses.dataclass(frozen=True)
 class LimitCheck:
     """What a schedule made for --max_degradation cost on calibration windows that it was not made from.
@@ -337,6 +363,7 @@ class Results:
       command: the command line.
       prefix: what stands before the text of every window, such as "<s>".
       limit_check: of the schedule, where a limit was asked for.
+      long_context: with --long_ppl.
       attention_ms: samples of one layer's attention by kind: dense, selection, anchor, reuse.
     """
 
@@ -353,6 +380,7 @@ class Results:
     attention_ms: Mapping[str, Sequence[float]]
     sweep: Sequence[SweepRow] = ()
     peak_memory_bytes: int | None = None
+    long_context: LongContext | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as --json writes it."""
@@ -366,6 +394,7 @@ class Results:
             "versions": versions(),
             "config": settings_to_json(self.settings),
             "prefix": self.prefix,
+            "layer_types": layer_types([layer.plan for layer in self.schedule]),
             "schedule": [_layer_to_json(i, layer) for i, layer in enumerate(self.schedule)],
             "dense": {"perplexity": quality.dense_perplexity, "compile_s": timing.dense_compile_s},
             "sparse": {"perplexity": quality.sparse_perplexity, "compile_s": timing.sparse_compile_s},
@@ -375,6 +404,7 @@ class Results:
             "density": quality.density,
             "verdict": quality.verdict,
             "quality": quality.to_json(),
+            "long_ppl": self.long_context and self.long_context.to_json(),
             "timing": {
                 "dense_ms": list(timing.dense_ms),
                 "sparse_ms": list(timing.sparse_ms),
@@ -403,6 +433,11 @@ def settings_to_json(settings: Any) -> dict[str, Any]:
 def count_modes(plans: Sequence[LayerPlan]) -> dict[str, int]:
     """How many layers are DENSE, ANCHOR and REUSE."""
     return {mode: sum(plan.mode == mode for plan in plans) for mode in (DENSE, ANCHOR, REUSE)}
+
+
+def layer_types(plans: Sequence[LayerPlan]) -> str:
+    """A letter a layer, as serving engines take a schedule: F (full) chooses for itself, S (shared) reuses."""
+    return "".join("S" if plan.mode == REUSE else "F" for plan in plans)
 
 
 def write_json(path: Path, value: Any) -> None:

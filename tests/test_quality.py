@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from synthetic import HF_CONFIGS, token_ids
 
+import measure.quality
+import measure.search
 from attention.sharding import make_mesh
-from kascade_core import ANCHOR, DENSE, REUSE, Selection, attended_tiles, density_of
+from kascade_core import ANCHOR, DENSE, REUSE, Selection, attended_tiles, density_of, token_nll
 from llama_model import Comparison, LlamaConfig, LlamaModel
-from measure.quality import compare, run_windows
+from measure.layerwise import Calibration
+from measure.quality import compare, long_context_loss, run_windows, short_context_nll
 from report import console
-from report.results import FAILED, NOTHING_DROPPED, SUCCESS, UNDECIDED, Quality
+from report.results import FAILED, NOTHING_DROPPED, SUCCESS, UNDECIDED, LimitCheck, LongContext, Quality
 
 NAME = "gqa_llama3_untied"  # three layers, six query and two KV heads, 61 tokens
 SPARSE = {0: (DENSE, None), 1: (ANCHOR, None), 2: (REUSE, 1)}
@@ -192,3 +195,76 @@ def test_one_window_has_no_interval_and_says_so_nowhere():
     assert quality.se_windows is None and quality.interval_pct is None
     text = console.quality(quality, CPU)
     assert "over 100 tokens" in text and "windows" not in text.split("KL from Dense")[0]
+
+
+# --- Tokens that need a long context ---
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Eight tokens for a short context, four losses from each forward, so that the synthetic windows are long."""
+    monkeypatch.setattr(measure.quality, "SHORT_CONTEXT", 8)
+    monkeypatch.setattr(measure.quality, "STRIDE", 4)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_short_context_losses_are_those_of_the_last_tokens_alone(setup, short, prefix):
+    model, params, windows, _ = setup
+    ids = windows[0]
+    nll = short_context_nll(model.compile(params, jnp.zeros((1, prefix + 12), jnp.int32)), params, ids, prefix)
+    assert np.isneginf(nll[: prefix + 4 + 8 - 1]).all() and np.isfinite(nll[prefix + 4 + 8 - 1 :]).all()
+    for token in (prefix + 12, prefix + 15, 30, 60):  # the first of all, the last of a piece, one, the last of all
+        own = [
+            token_nll(
+                model.apply(params, jnp.concatenate([ids[:, :prefix], ids[:, start:token]], 1))[0, -1], ids[0, token]
+            )
+            for start in range(token - 11, token - 7)
+        ]
+        assert np.abs(np.array(own) - nll[token - 1]).min() < 1e-4
+
+
+def test_only_tokens_that_need_the_long_context_count(setup, short, monkeypatch):
+    model, params, windows, mesh = setup
+    T = windows[0].shape[1]
+    short_nll = np.where(np.arange(T - 1) == 40, 3.5, np.where(np.arange(T - 1) == 41, 9.0, 1.5))
+    monkeypatch.setattr(measure.quality, "short_context_nll", lambda *_: short_nll)
+    dense_nll = np.where(np.arange(T - 1) == 41, 2.5, 1.0)  # the one gains 2.5 nats, the other more, but is hard anyway
+    window = Comparison(dense_nll, dense_nll + 0.1, dense_nll, dense_nll > 0)
+    found = long_context_loss(model, params, windows, [window, window], 0, mesh)
+    assert found.tokens == 2
+    assert found.to_json()["dense_perplexity"] == pytest.approx(np.e)
+    assert found.to_json()["degradation_pct"] == pytest.approx(100 * np.expm1(0.1))
+    assert "over the 2 tokens" in console.long_context(found)
+
+
+def test_no_token_that_needs_a_long_context_is_said():
+    found = LongContext(np.zeros(0), np.zeros(0))
+    assert found.to_json() == {"tokens": 0}
+    assert "no token" in console.long_context(found)
+
+
+# --- A limit on the calibration text ---
+
+
+def test_a_limit_is_kept_by_the_upper_bound_not_by_the_mean():
+    check = LimitCheck((0.010, 0.012, 0.005, 0.009))
+    se = np.std(check.delta_log_ppl, ddof=1) / 2
+    assert check.mean_pct == pytest.approx(100 * np.expm1(0.009))
+    assert check.upper_pct == pytest.approx(100 * np.expm1(0.009 + 2.3534 * se), rel=1e-4)
+    assert f"held-out calibration windows +0.90%, at most {check.upper_pct:+.2f}%" in console.limit_kept(
+        check, windows_of(0.01), 1.5
+    )
+
+
+def test_the_least_dense_schedule_under_a_limit_is_found_on_the_held_out_windows(setup, monkeypatch):
+    """Schedules are stood for by their density; the loss is 0.01 / density nats, more or less by window."""
+    calibration = Calibration(setup[0], setup[1], setup[2], setup[3])
+
+    def log_perplexities(_, density, windows):
+        return np.zeros(len(windows)) if density is None else 0.01 / density * np.linspace(0.8, 1.2, len(windows))
+
+    monkeypatch.setattr(measure.search, "_log_perplexities", log_perplexities)
+    density, check = measure.search._least_dense(calibration, float, 0.1, [None] * 5, 5.0)
+    upper = np.log1p(0.05) / (1 + 2.1318 * np.std(np.linspace(0.8, 1.2, 5), ddof=1) / np.sqrt(5))
+    assert check.upper_pct < 5
+    assert 0.01 / upper <= density < 0.01 / upper * 10 ** (1 / 2**6)
