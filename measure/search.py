@@ -287,4 +287,4 @@ def _least_dense(
 def _log_perplexities(calibration: Calibration, schedule: Any, windows: Sequence[jax.Array]) -> np.ndarray:
     """Nats, of each window."""
     forward = calibration.model.clone(schedule=schedule).compile(calibration.params, windows[0], calibration.mesh)
-    return np.array([np.mean(forward(calibration.params, ids).nll, dtype=np.float64) for ids in windows])
+    return np.array([np.mean(np.asarray(forward(calibration.params, ids).nll), dtype=np.float64) for ids in windows])

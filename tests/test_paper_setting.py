@@ -151,7 +151,7 @@ def test_several_texts_calibrate_one_after_another():
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     convert_weights.convert(write_hf_folder(folder / "hf", NAME), folder / "weights")
-    (folder / "text.txt").write_text(repeating_text(400, 33))
+    (folder / "text.txt").write_text(repeating_text(400, 33, times=10))
     np.save(folder / "maps.npy", np.tile(np.array([2, 0, 1, 4, 4], np.int32), (4, 1)))
     return folder
 
