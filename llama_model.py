@@ -251,8 +251,10 @@ class Block(nn.Module):
         return rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
 
     def _selection(self) -> Selection:
-        budget = self.plan.largest_budget
-        return self.selection if budget is None else self.selection.with_top_k(budget)
+        if self.plan.largest_budget is None:
+            return self.selection
+        # A smaller one than the selection keeps anyway is cut afterwards.
+        return self.selection.with_top_k(max(self.plan.largest_budget, self.selection.num_kept_tiles))
 
 
 # --- The cache ---
