@@ -64,10 +64,10 @@ class Worker:
 
     def ask(self, request: Windows | str) -> Any:
         """Sends a request and waits for its answer."""
-        self.connection.send(request)
         try:
+            self.connection.send(request)
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise SystemExit(f"error: the process of {self.process.name} ended; see above") from None
 
     def close(self) -> None:

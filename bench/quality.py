@@ -231,16 +231,18 @@ def quest_scores(runner: LayerRunner, layer: int, x_BTD: jax.Array) -> jax.Array
     (B, T, N, H), K = q_BTNH.shape, k_BKHS.shape[1]
     M, Y, P, Q = runner.selection.tile_size, runner.selection.query_tile, runner.num_key_tiles, runner.num_query_tiles
     k_BKHPM = pad_axis(k_BKHS, 3, P * M).reshape(B, K, H, P, M)
-    k_BKHPM = jnp.where(jnp.arange(P * M).reshape(P, M) < T, k_BKHPM, k_BKHPM[..., :1])
+    real_PM = np.arange(P * M).reshape(1, 1, 1, P, M) < T
+    k_BKHPM = jnp.where(real_PM, k_BKHPM, k_BKHPM[..., :1])
     q_BQYKGH = pad_axis(q_BTNH, 1, Q * Y).reshape(B, Q, Y, K, N // K, H)
     low_BKHP, high_BKHP = k_BKHPM.min(-1), k_BKHPM.max(-1)
-    visible_QP = jnp.arange(P) * M <= (jnp.arange(Q)[:, None] + 1) * Y - 1
+    visible_QP = np.arange(P)[None] * M < (np.arange(Q)[:, None] + 1) * Y
 
     def pooled(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         q_BYKGH, visible_P = args
         bound_BKGYP = jnp.einsum("BYKGH,BKHP->BKGYP", jnp.maximum(q_BYKGH, 0), high_BKHP)
         bound_BKGYP += jnp.einsum("BYKGH,BKHP->BKGYP", jnp.minimum(q_BYKGH, 0), low_BKHP)
-        return jax.nn.softmax(jnp.where(visible_P, bound_BKGYP * H**-0.5, -jnp.inf), axis=-1).sum((2, 3))
+        bound_BKGYP = jnp.where(visible_P.reshape(1, 1, 1, 1, P), bound_BKGYP * H**-0.5, -jnp.inf)
+        return jax.nn.softmax(bound_BKGYP, axis=-1).sum((2, 3))
 
     return jnp.moveaxis(jax.lax.map(pooled, (jnp.moveaxis(q_BQYKGH, 1, 0), visible_QP)), 0, 2)
 
