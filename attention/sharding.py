@@ -80,7 +80,7 @@ class Layout:
 
     def local_positions(self) -> jax.Array:
         """int32 [T]: the position in the sequence of each token of the calling shard."""
-        return (self.local_blocks()[:, None] * self.block + jnp.arange(self.block)).reshape(-1)
+        return (self.local_blocks()[:, None] * self.block + jnp.arange(self.block)[None]).reshape(-1)
 
     def spread(self, x: jax.Array, axis: int, unit: int = 1) -> jax.Array:
         """From the sequence's order to the shards': pads an axis of tokens, or of tiles of `unit` tokens, and permutes.
