@@ -164,7 +164,8 @@ def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: ja
     _, tiles_ZQC = jax.lax.top_k(jnp.where(past_QP[None], scores_ZQP, own_QP[None]), selection.slots(P))
     kept_ZQC = tiles_ZQC * selection.tile_size < (first_row_Q1 + selection.query_tile)[None]
     if selection.density is not None:
-        share_Q1 = jnp.ceil(selection.density * seen_QP.sum(-1, keepdims=True) - 1e-4).astype(jnp.int32)
+        seen_Q1 = seen_QP.sum(-1, keepdims=True, dtype=jnp.float32)
+        share_Q1 = jnp.ceil(selection.density * seen_Q1 - 1e-4).astype(jnp.int32)
         slots_1C = jnp.arange(tiles_ZQC.shape[-1])[None]
         kept_ZQC &= (slots_1C < jnp.maximum(share_Q1, selection.num_kept_tiles))[None]
     return jnp.where(kept_ZQC, tiles_ZQC, NO_TILE).astype(jnp.int32).reshape(*leading, Q, -1)

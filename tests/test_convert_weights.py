@@ -12,6 +12,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import convert_tokenizers
 import gguf
 import ml_dtypes
 import numpy as np
@@ -20,7 +21,6 @@ from safetensors.numpy import load_file, save_file
 from synthetic import HF_CONFIGS, hf_weights, write_hf_folder
 from tokenizers import Tokenizer
 
-import convert_tokenizers
 import convert_weights as cw
 from kascade_core import InputError
 from llama_model import DTYPES, EMBEDDINGS_CHUNK, MANIFEST, LlamaConfig, RopeScaling, load_weights, read_manifest
