@@ -92,9 +92,8 @@ def _score_blocks(
     R, M, Y = layout.block, selection.tile_size, selection.query_tile
     Q, num_tiles = R // Y, tile_count(layout.length, M)  # query tiles of one block, key tiles with real tokens
     k_ZHS = k_BKHS.reshape(B * K, H, S)
-    rows_R = (jnp.arange(Q)[:, None] * Y + selection.scored_rows()[None]).reshape(
-        -1
-    )  # all of a block's rows, or a sample
+    rows_QR = jnp.arange(Q)[:, None] * Y + selection.scored_rows()[None]  # all of a block's rows, or a sample
+    rows_R = rows_QR.reshape(-1)
 
     def score_block(block: jax.Array, head: jax.Array, q_GRH: jax.Array) -> jax.Array:
         q_GRH = q_GRH if len(rows_R) == R else q_GRH[:, rows_R]

@@ -80,8 +80,8 @@ def test_the_root_shows_the_users_names_and_little_else():
 
 def test_array_names_end_in_the_letters_of_the_method():
     """A suffix of capitals is a shape: kascade_core's docstring has one meaning for each letter, and 1 is 1."""
-    table = re.search(r"One letter.*?\n\n", kascade_core.__doc__, re.DOTALL)[0]
-    letters = set(re.findall(r"(?:^|[ ,])([A-Z])(?= [a-z=])", table, re.MULTILINE)) | {"1"}
+    table = re.search(r"One letter, one meaning.*?:\n(.*?)\.\n\n", kascade_core.__doc__, re.DOTALL)[1]
+    letters = {entry.split()[0] for entry in re.split(r",| and (?=[A-Z] )", table)} | {"1"}
     assert {"B", "G", "Z", "Q", "P", "C", "J", "U"} <= letters
     strange = set()
     for path in PROGRAM:
@@ -96,7 +96,7 @@ def test_array_names_end_in_the_letters_of_the_method():
 @pytest.mark.parametrize("module", ["convert_weights", "errors"])
 def test_converting_imports_no_jax_and_no_transformers(module):
     heavy = "{'jax', 'jaxlib', 'flax', 'transformers', 'torch'}"
-    code = f"import sys, {module}; sys.exit(', '.join({heavy} & set(sys.modules)))"
+    code = f"import sys, {module}; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 
@@ -110,7 +110,7 @@ def test_one_place_jits():
                     places.add(str(path.relative_to(ROOT)))
             elif isinstance(node, ast.ImportFrom) and node.module == "jax":
                 assert not {alias.name for alias in node.names} & {"jit", "pmap", "shard_map"}, path
-    assert places == {"attention/sharding.py"}
+    assert places - {"bench/compile_tpu.py"} == {"attention/sharding.py"}  # it lowers for chips that are not here
 
 
 def test_only_the_command_lines_print():

@@ -240,7 +240,7 @@ def test_the_threshold_rule_never_reuses_layer_zero():
 def test_the_threshold_schedule_has_the_best_head_maps():
     rng = np.random.default_rng(0)
     scores = jnp.asarray(rng.random((3, 1, 2, 9, 9)), jnp.float32)
-    chosen = {layer: np.asarray(core.select_tiles(scores[layer], Selection(top_k=3))) for layer in range(3)}
+    chosen = dict(enumerate(np.asarray(jitted(Selection(top_k=3))(scores))))
     chosen[2] = chosen[1][:, ::-1]
     plans = core.threshold_schedule(chosen, 0.65, 4)
     assert plans[2] == LayerPlan(REUSE, 1, (1, 0))
