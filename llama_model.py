@@ -86,7 +86,7 @@ def count_parameters(params: Any) -> int:
 
 # --- Layers ---
 
-Rope = tuple[jax.Array, jax.Array]  # cos and sin, float32 [T, 1, H / 2] each
+Rope = tuple[jax.Array, jax.Array]  # cos and sin, float32 [1, T, 1, H / 2] each
 
 VOCAB_CHUNK = 1024  # tokens of the vocabulary in one product of the loss: its logits are no larger than the MLP's rows
 MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F columns are the widest array of a layer
@@ -96,7 +96,8 @@ _matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 def rope_table(config: LlamaConfig, positions_T: jax.Array) -> Rope:
     """Cos and sin of every position's angles (RoPE, arXiv 2104.09864)."""
-    angles = positions_T.astype(jnp.float32)[:, None, None] * jnp.asarray(rope_frequencies(config), jnp.float32)
+    angles_TH = jnp.outer(positions_T.astype(jnp.float32), jnp.asarray(rope_frequencies(config), jnp.float32))
+    angles = angles_TH[None, :, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -110,7 +111,7 @@ def apply_rope(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
 def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     """X / sqrt(mean(x^2) + eps) * weight, in float32 (arXiv 1910.07467)."""
     x_BTD = x_BTD.astype(jnp.float32)
-    return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True) + eps) * weight_D
+    return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True) + eps) * weight_D[None, None]
 
 
 def _linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any) -> jax.Array:
