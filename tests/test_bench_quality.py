@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from synthetic import HF_CONFIGS, repeating_text, write_hf_folder
+from synthetic import HF_CONFIGS, repeating_text
 
 from attention.sharding import make_mesh
 from bench import quality
-from convert_weights import convert
 from errors import InputError
 from kascade_core import ANCHOR, DENSE, REUSE, attended_tiles, mean_density, select_tiles
 from llama_model import load_weights
@@ -28,10 +27,8 @@ RULES = ["threshold rule, 0.65", "threshold rule, 20 REUSE or more"]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    root = tmp_path_factory.mktemp("quality")
-    convert(write_hf_folder(root / "hf", NAME), root / "weights")
-    return root / "weights"
+def weights(folders):
+    return folders / NAME
 
 
 @pytest.fixture(scope="module", autouse=True)
