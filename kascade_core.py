@@ -200,6 +200,13 @@ def density_of(tiles_BKQC: np.ndarray | None) -> float:
     return np.count_nonzero(np.asarray(tiles_BKQC) != NO_TILE) / int(seen_tiles(tiles_BKQC).sum())
 
 
+def density_of_step(tiles_BNKC: np.ndarray, seen_N: np.ndarray) -> float:
+    """The same of decoding: attended tiles over those that each of N steps could attend to, over batch and heads."""
+    tiles_BNKC = np.asarray(tiles_BNKC)
+    B, _, K, _ = tiles_BNKC.shape
+    return np.count_nonzero(tiles_BNKC != NO_TILE) / (B * K * int(seen_N.sum()))
+
+
 def mean_density(attended: Mapping[int, np.ndarray | None]) -> float:
     """Counted causal density of a whole forward: the mean over its layers, given what each attended to."""
     return float(np.mean([density_of(tiles) for tiles in attended.values()]))

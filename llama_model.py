@@ -393,13 +393,17 @@ class LlamaModel(nn.Module):
             cache, positions_B, best_B = carry
             ids_B = jnp.where(ids_B < 0, best_B, ids_B)
             x_B1D, tiles, cache = module.step(ids_B, positions_B, cache)
-            best_B = module._logits(x_B1D)[:, 0].argmax(-1).astype(jnp.int32)
+            best_B = module.likeliest(x_B1D)[:, 0]
             return (cache, positions_B + 1, best_B), (x_B1D[:, 0], best_B, tiles)
 
         scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
         carry = (cache, positions_B, jnp.zeros_like(positions_B))
         (cache, _, _), (stream, best, tiles) = scan(self, carry, ids_BN)
         return Decoded(stream, best, tiles, cache)
+
+    def likeliest(self, x_BTD: jax.Array) -> jax.Array:
+        """int32 [B, T]: the likeliest next token after each, given the final stream; for few tokens."""
+        return self._logits(x_BTD).argmax(-1).astype(jnp.int32)
 
     def next_token_nll(self, x_BTD: jax.Array, next_ids_BT: jax.Array) -> jax.Array:
         """Negative log likelihood of the next ids, float32 nats [B, T], given the final stream; no [T, V] logits.

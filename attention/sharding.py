@@ -22,6 +22,7 @@ BLOCK = 256  # tokens in a block of queries or of keys, at most: its scores stay
 
 # How an array is split over the mesh, by what it holds.
 WHOLE = PartitionSpec()  # parameters, keys and values: every device has all of it
+FIRST = PartitionSpec(AXIS)  # split along the first axis
 ROWS = PartitionSpec(None, AXIS)  # [B, T, ...]: tokens, queries, outputs
 TILES = PartitionSpec(None, None, AXIS)  # [B, K, Q, ...]: tiles of each KV head and query tile
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from errors import InputError
-from weights.folder import unpickle
+from weights.plain_pickle import unpickle
 
 CANARY = "canary"  # a file that every pickle which runs code makes, in the child's working folder
 SHAPES = {"a": {"w": (2, 3)}, "n": (3,)}

@@ -443,7 +443,7 @@ def test_a_gguf_file_that_announces_more_than_it_has_is_refused_at_once(tmp_path
     path = tmp_path / "tiny.gguf"
     path.write_bytes(whole_gguf[:at] + ENDLESS + whole_gguf[at + 8 :])
     refused(
-        path, InputError, "truncated or damaged near byte [0-9]+ .([0-9]+ bytes announced, [0-9]+ left|metadata of)"
+        path, InputError, "truncated or damaged near byte [0-9]+ .([0-9]+ bytes announced, [0-9]+ left|a tensor of 0)"
     )
 
 
