@@ -59,7 +59,7 @@ def default_weights():
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """What the attention kernel "counted" was called for: (name, dtype of the queries). It computes by xla's."""
+    """What the kernel "pallas_tpu" is called for: (name, dtype of the queries). Here it computes as xla does."""
     calls = []
 
     def counted(name):
@@ -70,5 +70,5 @@ def kernel_calls(monkeypatch):
         return function
 
     kernel = {name: counted(name) for name in ("dense", "choose", "reuse")}
-    monkeypatch.setitem(KERNELS, "counted", SimpleNamespace(**vars(xla) | kernel))
+    monkeypatch.setitem(KERNELS, "pallas_tpu", SimpleNamespace(**vars(xla) | kernel))
     return calls

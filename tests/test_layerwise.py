@@ -116,7 +116,7 @@ def test_damage_is_the_divergence_of_a_run_over_the_squared_loss_of_mass(calibra
 
 def test_the_models_own_kernel_and_dtype_are_used(calibration, kernel_calls):
     """Calls of a kernel that is not the default one are counted, and the dtype that it gets."""
-    model = calibration.model.clone(kernel="counted", dtype=jnp.bfloat16)
+    model = calibration.model.clone(kernel="pallas_tpu", dtype=jnp.bfloat16)
     (ids,) = calibration.windows
     runner = LayerRunner(model, calibration.params, 37, calibration.mesh)
     x_BTD = runner.dense(0, runner.embed(ids))

@@ -26,7 +26,7 @@ def model():
 
 
 def test_attention_alone_is_each_kind_with_the_models_kernel_and_dtype(model, mesh, kernel_calls):
-    runs = timing.compile_attention(model.clone(kernel="counted", dtype=jnp.bfloat16), 30, mesh)
+    runs = timing.compile_attention(model.clone(kernel="pallas_tpu", dtype=jnp.bfloat16), 30, mesh)
     assert list(runs) == ["dense", "selection", "anchor", "reuse"]
     assert sorted(name for name, _ in kernel_calls) == ["choose", "choose", "dense", "reuse", "reuse"]
     assert {dtype for _, dtype in kernel_calls} == {jnp.dtype("bfloat16")}
