@@ -68,6 +68,7 @@ class Selection:
     density: float | None = _flag(
         None, "instead of --top_k: share of the causal key tiles kept in every sparse layer, in (0, 1]"
     )
+    min_tiles: int = _flag(0, "with --density, key tiles kept per query tile and KV head at least")
     sink_tiles: int = _flag(1, "first tiles of the text that every query tile keeps, counted in top_k")
     local_tiles: int = _flag(0, "tiles before its own that a query tile keeps, counted in top_k")
     query_tile: int | None = _flag(
@@ -77,7 +78,8 @@ class Selection:
 
     def __post_init__(self) -> None:
         self._resolve_defaults()
-        for name, least in (("tile_size", 1), ("query_tile", 1), ("sink_tiles", 0), ("local_tiles", 0)):
+        at_least = {"tile_size": 1, "query_tile": 1, "sink_tiles": 0, "local_tiles": 0, "min_tiles": 0}
+        for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.block % self.query_tile or self.block % self.tile_size:
@@ -96,6 +98,8 @@ class Selection:
             raise InputError("top_k and density exclude each other: give one of them")
         if self.top_k is None and self.density is None:
             object.__setattr__(self, "top_k", DEFAULT_TOP_K)
+        if self.min_tiles > 0 and self.density is None:
+            raise InputError(f"min_tiles has no effect without density, got {self.min_tiles}")
         if self.query_tile is None:
             object.__setattr__(self, "query_tile", self.tile_size)
 
@@ -125,7 +129,12 @@ class Selection:
         """C: key tiles that a query tile keeps at most."""
         if self.density is None:
             return min(self.top_k, num_key_tiles)
-        return min(max(math.ceil(self.density * num_key_tiles), self.num_kept_tiles), num_key_tiles)
+        return min(max(math.ceil(self.density * num_key_tiles), self.least_tiles), num_key_tiles)
+
+    @property
+    def least_tiles(self) -> int:
+        """Key tiles that a query tile keeps whatever its position gives it by density, as far as it sees them."""
+        return max(self.num_kept_tiles, self.min_tiles)
 
     def scored_rows(self) -> np.ndarray:
         """int: the rows of a query tile whose attention is pooled; a sample is even and has the first and the last."""
@@ -134,7 +143,7 @@ class Selection:
 
     def with_top_k(self, top_k: int) -> Selection:
         """The same selection with another budget."""
-        return dataclasses.replace(self, top_k=top_k, density=None)
+        return dataclasses.replace(self, top_k=top_k, density=None, min_tiles=0)
 
 
 def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: jax.Array | None = None) -> jax.Array:
@@ -167,7 +176,7 @@ def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: ja
         seen_Q1 = seen_QP.sum(-1, keepdims=True, dtype=jnp.float32)
         share_Q1 = jnp.ceil(selection.density * seen_Q1 - 1e-4).astype(jnp.int32)
         slots_1C = jnp.arange(tiles_ZQC.shape[-1])[None]
-        kept_ZQC &= (slots_1C < jnp.maximum(share_Q1, selection.num_kept_tiles))[None]
+        kept_ZQC &= (slots_1C < jnp.maximum(share_Q1, selection.least_tiles))[None]
     return jnp.where(kept_ZQC, tiles_ZQC, NO_TILE).astype(jnp.int32).reshape(*leading, Q, -1)
 
 
@@ -189,6 +198,13 @@ def density_of(tiles_BKQC: np.ndarray | None) -> float:
     if tiles_BKQC is None:
         return 1.0
     return np.count_nonzero(np.asarray(tiles_BKQC) != NO_TILE) / int(seen_tiles(tiles_BKQC).sum())
+
+
+def density_of_step(tiles_BNKC: np.ndarray, seen_N: np.ndarray) -> float:
+    """The same of decoding: attended tiles over those that each of N steps could attend to, over batch and heads."""
+    tiles_BNKC = np.asarray(tiles_BNKC)
+    B, _, K, _ = tiles_BNKC.shape
+    return np.count_nonzero(tiles_BNKC != NO_TILE) / (B * K * int(seen_N.sum()))
 
 
 def mean_density(attended: Mapping[int, np.ndarray | None]) -> float:
@@ -460,6 +476,8 @@ def calibrate_kascade(
 ) -> None:
     """Runs `model` densely while every layer also chooses its Top-K tiles, and leaves them in KASCADE_CACHE.
 
+    One text after another, so that several take no more memory than one.
+
     Args:
       model: a `llama_model.LlamaModel`; its fields stay as they are but for these two sizes.
       params: its variables, {"params": ...}.
@@ -477,12 +495,16 @@ def calibrate_kascade(
         sizes["query_tile"] = None  # it follows the tile size
     selection = dataclasses.replace(selection, **sizes)
     observer = model.clone(schedule=None, calibrate=True, selection=selection)
-    output = observer.compile(params, input_ids, mesh)(params, input_ids)
-    if not np.isfinite(output.nll).all():
-        raise InputError(
-            "the model computes infinities or NaN on the calibration text: its weights or config are wrong"
-        )
-    publish_tiles(output.tiles)
+    forward, tiles_by_layer = observer.compile(params, input_ids[:1], mesh), {}
+    for ids_T in input_ids:
+        output = forward(params, ids_T[None])
+        if not np.isfinite(output.nll).all():
+            raise InputError(
+                "the model computes infinities or NaN on the calibration text: its weights or config are wrong"
+            )
+        for layer, tiles_BKQC in output.tiles.items():
+            tiles_by_layer.setdefault(layer, []).append(np.asarray(tiles_BKQC))
+    publish_tiles({layer: np.concatenate(parts) for layer, parts in tiles_by_layer.items()})
 
 
 # --- Perplexity ---

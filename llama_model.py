@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 import attention
+from attention import decode
 from attention.sharding import (
     AXIS,
     ROWS,
@@ -25,12 +26,14 @@ from attention.sharding import (
     Layout,
     compile_ahead,
     gather_keys,
+    jit,
+    on_first_device,
     pad_axis,
     place,
     shard,
 )
 from attention.xla import matmul
-from kascade_core import ANCHOR, DENSE, LayerPlan, Selection, freeze_schedule, tile_count
+from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection, freeze_schedule, tile_count
 from weights.config import EMBEDDINGS_CHUNK, LlamaConfig, RopeScaling, chunk_shapes, layer_chunk, rope_frequencies
 from weights.folder import Manifest, read_chunks
 
@@ -113,7 +116,11 @@ def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
 
 def _linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any) -> jax.Array:
     """The only dtype decision of a product: inputs in `dtype`, sum and result in float32."""
-    return matmul("BTD,DF->BTF", x_BTD.astype(dtype), w_DF.astype(dtype))
+    x_BTD, w_DF = x_BTD.astype(dtype), w_DF.astype(dtype)
+    if x_BTD.shape[:2] == (1, 1) and dtype == jnp.bfloat16:
+        # XLA's CPU multiplies one bfloat16 row by a matrix eight times slower than two rows.
+        return matmul("BTD,DF->BTF", jnp.repeat(x_BTD, 2, axis=1), w_DF)[:, :1]
+    return matmul("BTD,DF->BTF", x_BTD, w_DF)
 
 
 class Attention(nn.Module):
@@ -126,16 +133,11 @@ class Attention(nn.Module):
         for name, shape in chunk_shapes(self.config)[layer_chunk(0)]["attention"].items():
             setattr(self, name, self.param(name, _matrix_init, shape))
 
-    def queries_and_keys(self, x_BTD: jax.Array, rope: Rope, layout: Layout) -> tuple[jax.Array, jax.Array]:
-        """This shard's q_BTNH and the whole sequence's k_BKHS, after RoPE."""
+    def project(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q_BTNH, k_BTKH and v_BTKH of these tokens, q and k after RoPE."""
         q_BTNH = apply_rope(self._heads(x_BTD, self.wq), rope).astype(self.dtype)
         k_BTKH = apply_rope(self._heads(x_BTD, self.wk), rope).astype(self.dtype)
-        return q_BTNH, gather_keys(k_BTKH.transpose(0, 2, 3, 1), 3, layout)
-
-    def values(self, x_BTD: jax.Array, layout: Layout) -> jax.Array:
-        """The whole sequence's v_BKSH."""
-        v_BTKH = self._heads(x_BTD, self.wv).astype(self.dtype)
-        return gather_keys(v_BTKH.transpose(0, 2, 1, 3), 2, layout)
+        return q_BTNH, k_BTKH, self._heads(x_BTD, self.wv).astype(self.dtype)
 
     def output(self, out_BTNH: jax.Array) -> jax.Array:
         """The heads' results, projected back to [B, T, D], float32."""
@@ -190,11 +192,15 @@ class Block(nn.Module):
 
     def attend(
         self, x_BTD: jax.Array, rope: Rope, tiles_BKQC: jax.Array | None, layout: Layout
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """The first half. `tiles_BKQC` is what a REUSE layer attends to; beside the stream comes what was chosen."""
-        normed_BTD = self._normed(x_BTD)
-        q_BTNH, k_BKHS = self.attention.queries_and_keys(normed_BTD, rope, layout)
-        v_BKSH = self.attention.values(normed_BTD, layout)
+    ) -> tuple[jax.Array, jax.Array | None, KeysValues]:
+        """The first half. `tiles_BKQC` is what a REUSE layer attends to.
+
+        Returns:
+          The stream, the tiles that this layer chose, and its keys and values of this shard's tokens.
+        """
+        q_BTNH, k_BTKH, v_BTKH = self.attention.project(self._normed(x_BTD), rope)
+        k_BKHS = gather_keys(k_BTKH.transpose(0, 2, 3, 1), 3, layout)
+        v_BKSH = gather_keys(v_BTKH.transpose(0, 2, 1, 3), 2, layout)
         sizes = {"layout": layout, "kernel": self.kernel}
         chosen_BKQC = None
         if self.plan.mode == ANCHOR or self.calibrate:
@@ -205,7 +211,28 @@ class Block(nn.Module):
             tiles_BKQC = self.plan.attended(chosen_BKQC) if self.plan.mode == ANCHOR else tiles_BKQC
             sizes |= {"selection": self.selection, "budgets": self.plan.budgets}
             out_BTNH = attention.reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, **sizes)
-        return x_BTD + self.attention.output(out_BTNH), chosen_BKQC
+        return x_BTD + self.attention.output(out_BTNH), chosen_BKQC, (k_BTKH, v_BTKH)
+
+    def attend_step(
+        self, x_B1D: jax.Array, rope: Rope, tiles_BK1C: jax.Array | None, cached: KeysValues, positions_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None, KeysValues]:
+        """The first half for one new token a sequence, whose key and value are written into the cache.
+
+        Returns:
+          The stream, the tiles that this layer chose, and the cached k_ZSH and v_ZSH with the new ones.
+        """
+        q_B1NH, k_B1KH, v_B1KH = self.attention.project(self._normed(x_B1D), rope)
+        k_ZSH = write_at(cached[0], k_B1KH[:, 0], positions_B)
+        v_ZSH = write_at(cached[1], v_B1KH[:, 0], positions_B)
+        q_BNH, chosen_BK1C = q_B1NH[:, 0], None
+        if self.plan.mode == ANCHOR:
+            chosen_BK1C, scores_ZGS = decode.choose_step(q_BNH, k_ZSH, positions_B, self._selection())
+            out_BNH = decode.anchor_step(scores_ZGS, v_ZSH, self.plan.attended(chosen_BK1C), self.selection)
+        elif self.plan.mode == REUSE:
+            out_BNH = decode.reuse_step(q_BNH, k_ZSH, v_ZSH, positions_B, tiles_BK1C, self.selection)
+        else:
+            out_BNH = decode.dense_step(q_BNH, k_ZSH, v_ZSH, positions_B)
+        return x_B1D + self.attention.output(out_BNH[:, None]), chosen_BK1C, (k_ZSH, v_ZSH)
 
     def feed(self, x_BTD: jax.Array) -> jax.Array:
         """The second half."""
@@ -217,15 +244,54 @@ class Block(nn.Module):
         return attention.score(q_BTNH, k_BKHS, selection=self.selection, layout=layout)
 
     def queries_and_keys(self, x_BTD: jax.Array, rope: Rope, layout: Layout) -> tuple[jax.Array, jax.Array]:
-        """Those of this layer's attention (see `Attention`)."""
-        return self.attention.queries_and_keys(self._normed(x_BTD), rope, layout)
+        """This shard's q_BTNH and the whole sequence's k_BKHS."""
+        q_BTNH, k_BTKH, _ = self.attention.project(self._normed(x_BTD), rope)
+        return q_BTNH, gather_keys(k_BTKH.transpose(0, 2, 3, 1), 3, layout)
 
     def _normed(self, x_BTD: jax.Array) -> jax.Array:
         return rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
 
     def _selection(self) -> Selection:
-        budget = self.plan.largest_budget
-        return self.selection if budget is None else self.selection.with_top_k(budget)
+        if self.plan.largest_budget is None:
+            return self.selection
+        # A smaller one than the selection keeps anyway is cut afterwards.
+        return self.selection.with_top_k(max(self.plan.largest_budget, self.selection.num_kept_tiles))
+
+
+# --- The cache ---
+
+KeysValues = tuple[jax.Array, jax.Array]  # of one layer
+
+
+class KVCache(NamedTuple):
+    """Keys (after RoPE) and values of every layer, k_ZSH and v_ZSH; S is room for so many tokens.
+
+    Batch and KV heads are one axis, as the products take them: another view of the array would be a copy in each step.
+    A step is given the cache away (it is donated) and returns it with the new tokens' keys and values written in place.
+    """
+
+    layers: tuple[KeysValues, ...]
+
+    @classmethod
+    def empty(cls, config: LlamaConfig, batch: int, size: int, dtype: Any) -> KVCache:
+        """Zeros: what is behind a sequence's last token has no weight, but must be finite."""
+        shape = (batch * config.num_key_value_heads, size, config.head_dim)
+        return cls(tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)))
+
+    @staticmethod
+    def bytes_needed(config: LlamaConfig, batch: int, size: int, dtype: Any) -> int:
+        """Bytes of a cache of this size."""
+        per_layer = 2 * batch * config.num_key_value_heads * size * config.head_dim
+        return config.num_hidden_layers * per_layer * jnp.dtype(dtype).itemsize
+
+
+def write_at(x_ZSH: jax.Array, new_BKH: jax.Array, positions_B: jax.Array) -> jax.Array:
+    """Writes one row of each sequence at its position; a slice a sequence is written in place, a scatter is slower."""
+    B, K, _ = new_BKH.shape
+    new_BK1H = new_BKH.astype(x_ZSH.dtype)[:, :, None]
+    for b in range(B):
+        x_ZSH = jax.lax.dynamic_update_slice(x_ZSH, new_BK1H[b], (b * K, positions_B[b], 0))
+    return x_ZSH
 
 
 # --- The model ---
@@ -280,21 +346,64 @@ class LlamaModel(nn.Module):
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V], for int32 token ids [B, T], on one device."""
         layout = Layout.of(ids_BT.shape[1], self.selection.block)
-        x_BTD, _ = self.run_layers(pad_axis(ids_BT, 1, layout.padded), layout)
+        x_BTD, _, _ = self.run_layers(pad_axis(ids_BT, 1, layout.padded), layout)
         return self._logits(x_BTD[:, : layout.length])
 
-    def run_layers(self, ids_BT: jax.Array, layout: Layout) -> tuple[jax.Array, dict[int, jax.Array]]:
-        """The final, normed stream x_BTD of this shard's tokens, and the tiles_BKQC that its layers chose."""
+    def run_layers(
+        self, ids_BT: jax.Array, layout: Layout
+    ) -> tuple[jax.Array, dict[int, jax.Array], tuple[KeysValues, ...]]:
+        """The final, normed stream x_BTD of this shard's tokens, the tiles_BKQC that its layers chose, keys and values.
+
+        Keys and values are each layer's (k_BTKH, v_BTKH) of this shard's tokens.
+        """
         rope = rope_table(self.config, layout.local_positions())
         x_BTD = self.tok_embeddings[ids_BT].astype(jnp.float32)
         tiles_by_layer: dict[int, jax.Array] = {}
+        keys_values = []
         for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
             tiles_BKQC = None if plan.anchor is None else plan.attended(tiles_by_layer[plan.anchor])
-            x_BTD, chosen_BKQC = block.attend(x_BTD, rope, tiles_BKQC, layout)
+            x_BTD, chosen_BKQC, layer_keys_values = block.attend(x_BTD, rope, tiles_BKQC, layout)
             x_BTD = block.feed(x_BTD)
+            keys_values.append(layer_keys_values)
             if chosen_BKQC is not None:
                 tiles_by_layer[i] = chosen_BKQC
-        return rms_norm(x_BTD, self.norm, self.config.rms_norm_eps), tiles_by_layer
+        return rms_norm(x_BTD, self.norm, self.config.rms_norm_eps), tiles_by_layer, tuple(keys_values)
+
+    def step(
+        self, ids_B: jax.Array, positions_B: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, dict[int, jax.Array], KVCache]:
+        """One new token a sequence: its final, normed stream x_B1D, the tiles_BK1C that anchors chose, the cache."""
+        rope = tuple(x[:, None] for x in rope_table(self.config, positions_B))
+        x_B1D = self.tok_embeddings[ids_B].astype(jnp.float32)[:, None]
+        tiles_by_layer: dict[int, jax.Array] = {}
+        layers = []
+        for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
+            tiles_BK1C = None if plan.anchor is None else plan.attended(tiles_by_layer[plan.anchor])
+            x_B1D, chosen_BK1C, cached = block.attend_step(x_B1D, rope, tiles_BK1C, cache.layers[i], positions_B)
+            x_B1D = block.feed(x_B1D)
+            layers.append(cached)
+            if chosen_BK1C is not None:
+                tiles_by_layer[i] = chosen_BK1C
+        return rms_norm(x_B1D, self.norm, self.config.rms_norm_eps), tiles_by_layer, KVCache(tuple(layers))
+
+    def decode(self, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
+        """N steps, the first at `positions_B`. A negative id stands for the likeliest token of the step before."""
+
+        def body(module: LlamaModel, carry: Any, ids_B: jax.Array) -> tuple[Any, Any]:
+            cache, positions_B, best_B = carry
+            ids_B = jnp.where(ids_B < 0, best_B, ids_B)
+            x_B1D, tiles, cache = module.step(ids_B, positions_B, cache)
+            best_B = module.likeliest(x_B1D)[:, 0]
+            return (cache, positions_B + 1, best_B), (x_B1D[:, 0], best_B, tiles)
+
+        scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
+        carry = (cache, positions_B, jnp.zeros_like(positions_B))
+        (cache, _, _), (stream, best, tiles) = scan(self, carry, ids_BN)
+        return Decoded(stream, best, tiles, cache)
+
+    def likeliest(self, x_BTD: jax.Array) -> jax.Array:
+        """int32 [B, T]: the likeliest next token after each, given the final stream; for few tokens."""
+        return self._logits(x_BTD).argmax(-1).astype(jnp.int32)
 
     def next_token_nll(self, x_BTD: jax.Array, next_ids_BT: jax.Array) -> jax.Array:
         """Negative log likelihood of the next ids, float32 nats [B, T], given the final stream; no [T, V] logits.
@@ -350,7 +459,7 @@ class LlamaModel(nn.Module):
         size = self.config.vocab_size if size is None else size
         if self.config.tie_word_embeddings:
             w_VD = jax.lax.dynamic_slice_in_dim(self.tok_embeddings, start, size, axis=0)
-            return matmul("BTD,VD->BTV", x_BTD.astype(self.dtype), w_VD.astype(self.dtype))
+            return _linear(x_BTD, w_VD.T, self.dtype)
         return _linear(x_BTD, jax.lax.dynamic_slice_in_dim(self.output, start, size, axis=1), self.dtype)
 
     def _target_logits(self, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
@@ -360,33 +469,58 @@ class LlamaModel(nn.Module):
         return matmul("BTD,DBT->BT", x_BTD.astype(self.dtype), self.output[:, ids_BT].astype(self.dtype))
 
     @nn.nowrap
-    def compile(self, params: Any, input_ids: jax.Array, mesh: Mesh | None = None) -> Forward:
+    def compile(self, params: Any, input_ids: jax.Array, mesh: Mesh | None = None, with_cache: bool = False) -> Forward:
         """Compiles the forward with its loss for these shapes.
 
         Args:
           params: variables, on every device of the mesh.
           input_ids: int32 [B, T], or a `jax.ShapeDtypeStruct`.
           mesh: devices over whose axis query tiles are dealt; without it everything is done on one device.
+          with_cache: also returns what `Forward.fill_cache` makes a cache of.
         """
         length, num_shards = input_ids.shape[1], mesh.shape[AXIS] if mesh else 1
         layout = Layout.of(length, self.selection.block, num_shards)
         num_query_tiles = tile_count(length, self.selection.query_tile)
 
         def local(params: Any, ids_BT: jax.Array, next_ids_BT: jax.Array) -> tuple[Any, Any, Any]:
-            x_BTD, tiles = self.apply(params, ids_BT, layout, method="run_layers")
-            return self.apply(params, x_BTD, next_ids_BT, method="next_token_nll"), tiles, x_BTD
+            x_BTD, tiles, keys_values = self.apply(params, ids_BT, layout, method="run_layers")
+            nll_BT = self.apply(params, x_BTD, next_ids_BT, method="next_token_nll")
+            return nll_BT, tiles, x_BTD, keys_values if with_cache else None
 
-        sharded = shard(local, mesh, (WHOLE, ROWS, ROWS), (ROWS, TILES, ROWS))
+        sharded = shard(local, mesh, (WHOLE, ROWS, ROWS), (ROWS, TILES, ROWS, ROWS))
 
         def forward(params: Any, input_ids: jax.Array) -> Output:
             next_ids_BT = jnp.roll(input_ids, -1, axis=1)
-            nll, tiles, x_BTD = sharded(params, layout.spread(input_ids, 1), layout.spread(next_ids_BT, 1))
+            dealt = sharded(params, layout.spread(input_ids, 1), layout.spread(next_ids_BT, 1))
+            nll, tiles, x_BTD, keys_values = dealt
             tiles = {layer: layout.collect(chosen, 2)[:, :, :num_query_tiles] for layer, chosen in tiles.items()}
-            return Output(layout.collect(nll, 1)[:, : length - 1], tiles, layout.collect(x_BTD, 1)[:, :length])
+            stream = layout.collect(x_BTD, 1)[:, :length]
+            return Output(layout.collect(nll, 1)[:, : length - 1], tiles, stream, keys_values)
 
         start = time.perf_counter()
         program = compile_ahead(forward, (params, input_ids), mesh)
-        return Forward(program, time.perf_counter() - start)
+        return Forward(program, time.perf_counter() - start, layout)
+
+    @nn.nowrap
+    def compile_decode(self, params: Any, cache: KVCache, num_steps: int, mesh: Mesh | None = None) -> Decoder:
+        """Compiles `num_steps` steps on one device, with the cache donated.
+
+        Args:
+          params: variables on that device (see `attention.sharding.on_first_device`).
+          cache: whose shapes count; `jax.ShapeDtypeStruct` will do.
+          num_steps: N.
+          mesh: says which platform's options apply.
+        """
+
+        def run(params: Any, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
+            return self.apply(params, ids_BN, positions_B, cache, method="decode")
+
+        batch = cache.layers[0][0].shape[0] // self.config.num_key_value_heads
+        ids_BN = jax.ShapeDtypeStruct((batch, num_steps), jnp.int32)
+        positions_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        start = time.perf_counter()
+        program = compile_ahead(run, (params, ids_BN, positions_B, cache), mesh, donate=(3,))
+        return Decoder(program, time.perf_counter() - start)
 
 
 def _log_sum_exp(carry: tuple[jax.Array, jax.Array], logits_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -404,11 +538,14 @@ class Output(NamedTuple):
       nll: float32 nats [B, T - 1], of each token but the first.
       tiles: {layer: tiles_BKQC} that its anchors (or, while calibrating, all layers) chose.
       stream: float32 [B, T, D], the final, normed residual stream, from which every prediction follows.
+      keys_values: each layer's (k_BTKH, v_BTKH) in the order of the layout, for `Forward.fill_cache`; None where no
+        cache was asked for.
     """
 
     nll: jax.Array
     tiles: Mapping[int, jax.Array]
     stream: jax.Array
+    keys_values: tuple[KeysValues, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -418,10 +555,55 @@ class Forward:
     Attributes:
       program: the compiled program.
       seconds: that tracing and compiling took.
+      layout: how the sequence was cut.
     """
 
     program: Any
     seconds: float
+    layout: Layout
 
     def __call__(self, params: Any, input_ids: jax.Array) -> Output:
         return self.program(params, input_ids)
+
+    def fill_cache(self, output: Output, size: int, mesh: Mesh, dtype: Any) -> KVCache:
+        """A cache with room for `size` tokens, on the mesh's first device, that holds what a forward computed."""
+
+        def arrange(x_BTKH: jax.Array) -> jax.Array:
+            x_BKTH = self.layout.collect(x_BTKH, 1)[:, : self.layout.length].swapaxes(1, 2)
+            x_ZTH = x_BKTH.reshape(-1, *x_BKTH.shape[2:]).astype(dtype)
+            return pad_axis(x_ZTH, 1, size)
+
+        arranged = jit(arrange, mesh)
+        return KVCache(
+            tuple(
+                tuple(arranged(on_first_device(x_BTKH, mesh)) for x_BTKH in keys_values)
+                for keys_values in output.keys_values
+            )
+        )
+
+
+class Decoded(NamedTuple):
+    """What N steps return.
+
+    Attributes:
+      stream: float32 [B, N, D], the final, normed stream of each new token.
+      best: int32 [B, N], the likeliest next token after each.
+      tiles: {layer: tiles [B, N, K, 1, C]} that its anchors chose.
+      cache: with the new tokens in it.
+    """
+
+    stream: jax.Array
+    best: jax.Array
+    tiles: Mapping[int, jax.Array]
+    cache: KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Compiled steps: call with (params, ids_BN, positions_B, cache), all on one device; the cache is given away."""
+
+    program: Any
+    seconds: float
+
+    def __call__(self, params: Any, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
+        return self.program(params, ids_BN, positions_B, cache)

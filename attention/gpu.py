@@ -1,6 +1,6 @@
 """Dense, anchor and reuse attention on an NVIDIA GPU: Pallas kernels through Triton, for key tiles of 16 to 128 tokens.
 
-Reuse reads the chosen keys of one query tile, in each step as many as fill the matrix units, whatever the tile's size.
+Reuse reads the chosen keys of one query tile, for any tile size as many in a step as fill the matrix units.
 Scoring reads the causal keys once. A row's total is known only after its last key, so each row's sums of exp(score),
 one for each key tile, under their block's own maximum, are kept in a scratch of fixed size; one fused reduction then
 rescales and pools them. To bound that scratch, query tiles are scored in chunks, and no [Q, P] scores are ever kept.

@@ -22,6 +22,7 @@ BLOCK = 256  # tokens in a block of queries or of keys, at most: its scores stay
 
 # How an array is split over the mesh, by what it holds.
 WHOLE = PartitionSpec()  # parameters, keys and values: every device has all of it
+FIRST = PartitionSpec(AXIS)  # split along the first axis
 ROWS = PartitionSpec(None, AXIS)  # [B, T, ...]: tokens, queries, outputs
 TILES = PartitionSpec(None, None, AXIS)  # [B, K, Q, ...]: tiles of each KV head and query tile
 
@@ -143,12 +144,29 @@ def shard(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_sp
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def jit(function: Callable[..., Any], mesh: Mesh | None = None) -> Callable[..., Any]:
-    """The one place that jits. `mesh` says which platform's options apply; without it the default device does."""
+def jit(function: Callable[..., Any], mesh: Mesh | None = None, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """The one place that jits.
+
+    `mesh` says which platform's options apply; without it the default device does. The arguments at the places
+    `donate` are given away: their memory is written in place.
+    """
     on_cpu = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform == "cpu"
-    return jax.jit(function, compiler_options=CPU_OPTIONS if on_cpu else None)
+    return jax.jit(function, donate_argnums=donate, compiler_options=CPU_OPTIONS if on_cpu else None)
 
 
-def compile_ahead(function: Callable[..., Any], args: Sequence[Any], mesh: Mesh | None = None) -> jax.stages.Compiled:
+def compile_ahead(
+    function: Callable[..., Any], args: Sequence[Any], mesh: Mesh | None = None, donate: tuple[int, ...] = ()
+) -> jax.stages.Compiled:
     """Compiles `function` for arguments of these shapes, which may be `jax.ShapeDtypeStruct`."""
-    return jit(function, mesh).lower(*args).compile()
+    return jit(function, mesh, donate).lower(*args).compile()
+
+
+def on_first_device(tree: Any, mesh: Mesh) -> Any:
+    """The arrays on the mesh's first device alone; those that every device has whole are not copied."""
+    device = mesh.devices.flat[0]
+
+    def move(x: jax.Array) -> jax.Array:
+        whole = [shard.data for shard in x.addressable_shards if shard.device == device and shard.data.shape == x.shape]
+        return whole[0] if whole else jax.device_put(x, device)
+
+    return jax.tree.map(move, tree)

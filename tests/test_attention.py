@@ -352,7 +352,7 @@ def test_the_future_changes_no_earlier_bit(kind, kernel, shape):
 
 @pytest.mark.parametrize(("kernel", "shape"), ONE_SHAPE)
 def test_rows_of_padding_choose_nothing(kernel, shape):
-    """A last tile with three rows of padding, whatever those hold, chooses what its real rows choose."""
+    """A last tile with three rows of padding, of any content, chooses what its real rows choose."""
     q, k, _ = inputs(shape, DTYPES[kernel][0])
     selection = Selection(tile_size=shape.tile_size, top_k=shape.top_k)
     expected = choose(kernel, shape, q, k, selection)
