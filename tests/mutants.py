@@ -147,8 +147,8 @@ MUTANTS = [
     Mutant(
         "query rows keep the order of the other programs",
         "weights/sources.py",
-        "HALF_SPLIT_OLD",
-        "HALF_SPLIT_NEW",
+        "return pairs.swapaxes(1, 2).reshape(rows.shape)",
+        "return pairs.reshape(rows.shape)",
         "test_weights_sources.py",
     ),
 ]

@@ -74,7 +74,20 @@ def test_at_8192_tokens_sparse_drops_most_and_stays_close(default_weights, every
     text, path = tmp_path / "text.txt", tmp_path / "out.json"
     prose = DEFAULT_TEXT.read_text(encoding="utf-8")
     text.write_text(prose * 3, encoding="utf-8")
-    flags = ["--text", str(text), "--seq_len", "8192", "--tile_size", "64", "--density", "0.1", "--n_runs", "1"]
+    flags = [
+        "--text",
+        str(text),
+        "--windows",
+        "1",
+        "--seq_len",
+        "8192",
+        "--tile_size",
+        "64",
+        "--density",
+        "0.1",
+        "--n_runs",
+        "1",
+    ]
     assert benchmark.main([*flags, "--weights_dir", str(default_weights), "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert 0.1 < report["density"] < 0.2

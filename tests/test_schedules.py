@@ -25,7 +25,7 @@ from measure.schedules import (
     save_schedule,
 )
 from measure.settings import DP, MASS, PER_HEAD, SEARCH, Settings
-from measure.texts import hash_of
+from measure.texts import CalibratedOn, hash_of
 from weights.config import LlamaConfig
 from weights.folder import Manifest
 
@@ -152,7 +152,7 @@ def manifest(sha256="1"):
 
 @pytest.fixture
 def path(tmp_path):
-    save_schedule(tmp_path / "schedule.json", PLANS, SELECTION, manifest(), IDS)
+    save_schedule(tmp_path / "schedule.json", PLANS, SELECTION, manifest(), [IDS])
     return tmp_path / "schedule.json"
 
 
@@ -160,12 +160,12 @@ def test_a_schedule_comes_back_with_its_sizes_and_its_calibration(path):
     saved = load_schedule(path, manifest())
     assert saved.plans == PLANS
     assert saved.selection == SELECTION
-    assert saved.calibrated_on == (30, hash_of(IDS))
+    assert saved.calibrated_on == CalibratedOn(30, 1, hash_of([IDS]))
 
 
 def test_a_density_comes_back(tmp_path):
     selection = Selection(8, density=0.3, local_tiles=1, query_tile=16, anchor_scoring="fast")
-    save_schedule(tmp_path / "s.json", PLANS, selection, manifest(), IDS)
+    save_schedule(tmp_path / "s.json", PLANS, selection, manifest(), [IDS])
     assert load_schedule(tmp_path / "s.json", manifest()).selection == selection
 
 
@@ -207,8 +207,13 @@ def replaced(saved, place, value):
         (["selection", "tile_size"], True, "selection: 'tile_size' must be a number, got True"),
         (["selection", "top_k"], 1, "top_k must be at least 2"),
         (["model"], None, "is damaged (TypeError"),
-        (["calibration", "tokens"], 0, "calibration must be a number of tokens and a hash, got (0, "),
-        (["calibration", "sha256"], 5, "calibration must be a number of tokens and a hash"),
+        (
+            ["calibration", "tokens"],
+            0,
+            "calibration must be a number of tokens, of windows, and a hash, got {'tokens': 0, ",
+        ),
+        (["calibration", "windows"], 0, "calibration must be a number of tokens, of windows, and a hash"),
+        (["calibration", "sha256"], 5, "calibration must be a number of tokens, of windows, and a hash"),
     ],
 )
 def test_a_damaged_schedule_is_refused(path, place, value, sentence):

@@ -131,6 +131,11 @@ class Known:
     def __init__(self, selection, observations):
         self.model = dataclasses.make_dataclass("Model", ["selection"])(selection)
         self.observations, self.damage_factors = observations, np.arange(5.0)
+        self.windows = range(6)
+
+    def of_windows(self, windows):
+        self.fitted = windows
+        return self
 
 
 def budgets_of(plans):
@@ -156,12 +161,15 @@ def test_a_limit_on_the_degradation_gives_the_least_density_under_it(monkeypatch
     calibration = Known(SELECTION, [random_observation()])
     table = LostMassTable.of(calibration.observations, SELECTION)
 
-    def perplexity(_, plans):
-        return 20 * (1 + (0 if plans is None else 0.1 * (1 - counted_density(plans, table))))
+    def log_perplexities(_, plans, windows):
+        assert list(windows) == [3, 4, 5]  # those that the schedules were not made from
+        cost = 0 if plans is None else 0.1 * (1 - counted_density(plans, table))
+        return np.full(3, 3 + np.log1p(cost))
 
-    monkeypatch.setattr(search, "_perplexity", perplexity)
-    plans, measured = search_schedule(calibration, 2, max_degradation=2.0)
-    assert measured == pytest.approx(10 * (1 - counted_density(plans, table)))
-    assert 1.5 < measured < 2
-    everything, measured = search_schedule(calibration, 2, max_degradation=1e-9)
-    assert (counted_density(everything, table), measured) == (1, 0)
+    monkeypatch.setattr(search, "_log_perplexities", log_perplexities)
+    plans, check = search_schedule(calibration, 2, max_degradation=2.0)
+    assert list(calibration.fitted) == [0, 1, 2]
+    assert check.mean_pct == pytest.approx(10 * (1 - counted_density(plans, table)))
+    assert 1.5 < check.mean_pct < 2
+    everything, check = search_schedule(calibration, 2, max_degradation=1e-9)
+    assert (counted_density(everything, table), check.mean_pct) == (1, 0)
