@@ -489,8 +489,11 @@ def calibrate_kascade(
     Raises:
       InputError: the model's losses are not finite.
     """
-    selection = dataclasses.replace(model.selection, tile_size=tile_size)
-    selection = selection if top_k is None else selection.with_top_k(top_k)
+    selection = model.selection
+    sizes = {"tile_size": tile_size} | ({} if top_k is None else {"top_k": top_k, "density": None})
+    if selection.query_tile == selection.tile_size:
+        sizes["query_tile"] = None  # it follows the tile size
+    selection = dataclasses.replace(selection, **sizes)
     observer = model.clone(schedule=None, calibrate=True, selection=selection)
     forward, tiles_by_layer = observer.compile(params, input_ids[:1], mesh), {}
     for ids_T in input_ids:

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # not in pytest-xdist's workers, which share this one
     _cache = tempfile.TemporaryDirectory(prefix="kascade_tests_")  # removed when this process ends
@@ -17,6 +18,7 @@ import jax
 import pytest
 from synthetic import HF_CONFIGS, write_hf_folder
 
+from attention import KERNELS, xla
 from convert_weights import convert
 
 DEFAULT_WEIGHTS = Path(__file__).parents[1] / "llama_weights_chunked"
@@ -53,3 +55,20 @@ def default_weights():
     if not DEFAULT_WEIGHTS.is_dir():
         pytest.fail(f"{DEFAULT_WEIGHTS.name} is missing; run python convert_weights.py first")
     return DEFAULT_WEIGHTS
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """What the kernel "pallas_tpu" is called for: (name, dtype of the queries). Here it computes as xla does."""
+    calls = []
+
+    def counted(name):
+        def function(q_BTNH, *args):
+            calls.append((name, q_BTNH.dtype))
+            return getattr(xla, name)(q_BTNH, *args)
+
+        return function
+
+    kernel = {name: counted(name) for name in ("dense", "choose", "reuse")}
+    monkeypatch.setitem(KERNELS, "pallas_tpu", SimpleNamespace(**vars(xla) | kernel))
+    return calls

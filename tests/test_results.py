@@ -5,12 +5,15 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kascade_core import ANCHOR, REUSE, LayerPlan, Selection
+from llama_model import Comparison
 from measure.settings import Settings
 from report.results import (
     Layer,
+    LimitCheck,
     Machine,
     Model,
     Quality,
@@ -30,6 +33,12 @@ PLANS = (
 )
 
 
+def quality(dense, sparse, density):
+    """Of one window of eight tokens, each of the given perplexities."""
+    nll = (np.full(8, math.log(perplexity)) for perplexity in (dense, sparse))
+    return Quality([Comparison(*nll, np.zeros(8), np.ones(8, bool))], [density])
+
+
 def results(**changes):
     values = dict(
         settings=Settings(Selection(8, top_k=3)),
@@ -39,8 +48,8 @@ def results(**changes):
         machine=Machine("cpu", "cpu", 2, "Some CPU"),
         prefix="<s>",
         schedule=[Layer(plan, density) for plan, density in zip(PLANS, (1.0, 0.5, 0.25), strict=True)],
-        calibration_pct=None,
-        quality=Quality(20.0, 20.5, 511, 0.6),
+        limit_check=LimitCheck((0.01, 0.02)),
+        quality=quality(20.0, 20.5, 0.6),
         timing=Timing([10.0, 30.0, 20.0], [40.0, 20.0, 25.0], 1.5, 2.5),
         attention_ms={"dense": [3.0], "reuse": [1.0]},
         sweep=[SweepRow(64, [4.0], [2.0], 0.5, 100), SweepRow(99, skipped="needs 9 GB")],
@@ -54,9 +63,9 @@ def results(**changes):
     [(20.398, 0.5, "success"), (19, 0.5, "success"), (20.41, 0.5, "failed"), (20, 1.0, "nothing dropped")],
 )
 def test_the_verdict_is_under_two_percent_and_signed(sparse, density, verdict):
-    quality = Quality(20.0, sparse, 99, density)
-    assert quality.degradation_pct == pytest.approx((sparse - 20) * 5)
-    assert quality.verdict == verdict
+    found = quality(20.0, sparse, density)
+    assert found.degradation_pct == pytest.approx((sparse - 20) * 5)
+    assert found.verdict == verdict
 
 
 def test_a_speedup_is_of_the_medians():
@@ -95,12 +104,17 @@ def test_the_report_holds_every_setting():
 def test_the_report_holds_every_field_of_the_results():
     """So that a field that is added is not forgotten."""
     report = results().to_json()
-    renamed = {"settings": "config", "machine": "device", "calibration_pct": "calibration_degradation_pct"}
-    renamed |= {"quality": "degradation_pct", "attention_ms": "timing"}
+    renamed = {"settings": "config", "machine": "device", "limit_check": "calibration_degradation_pct"}
+    renamed |= {"attention_ms": "timing", "long_context": "long_ppl"}
+    decoding = {"decoding", "depths", "generated"}  # not in a run yet
     for field in dataclasses.fields(Results):
+        if field.name in decoding:
+            continue
         assert renamed.get(field.name, field.name) in report
-    assert report["dense"] == {"perplexity": 20.0, "compile_s": 1.5}
-    assert report["sparse"] == {"perplexity": 20.5, "compile_s": 2.5}
+    assert report["dense"] == {"perplexity": pytest.approx(20), "compile_s": 1.5}
+    assert report["sparse"] == {"perplexity": pytest.approx(20.5), "compile_s": 2.5}
+    assert report["calibration_degradation_pct"] == pytest.approx(math.expm1(0.015) * 100)
+    assert report["layer_types"] == "FFS"
     assert (report["degradation_pct"], report["verdict"]) == (pytest.approx(2.5), "failed")
     assert (report["density"], report["speedup"], report["peak_memory_bytes"]) == (0.6, pytest.approx(0.8), 1234)
     assert report["timing"] == {

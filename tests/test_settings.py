@@ -17,13 +17,15 @@ CONFIG = LlamaConfig.from_hf(HF_CONFIGS["mha_llama3_tied"])  # four layers
 
 FLAGS = {  # every flag with a value that is not its default, and with what it needs beside it
     "tile_size": ("8", 8), "top_k": ("5", 5), "density": ("0.25", 0.25), "sink_tiles": ("2", 2),
-    "local_tiles": ("3", 3), "query_tile": ("32", 32), "anchor_scoring": ("fast", "fast"),
+    "local_tiles": ("3", 3), "query_tile": ("32", 32), "min_tiles": ("2", 2, "--density", "0.5"), "anchor_scoring": ("fast", "fast"),
     "device": ("gpu", "gpu"), "threshold": ("0.5", 0.5), "max_reuse_dist": ("2", 2), "scheduler": ("search", SEARCH),
     "similarity": ("mass", "mass"), "anchors": ("2", 2, "--scheduler", "dp"),
     "budgets": ("head", "head", "--scheduler", "search"), "max_degradation": ("1.5", 1.5),
     "save_schedule": ("s.json", Path("s.json")), "load_schedule": ("l.json", Path("l.json")),
     "weights_dir": ("w", Path("w")), "text": ("t.txt", Path("t.txt")), "calib_text": ("c.txt", Path("c.txt")),
-    "seq_len": ("99", 99), "n_runs": ("2", 2), "dtype": ("bfloat16", "bfloat16"), "kernel": ("xla", "xla"),
+    "seq_len": ("99", 99), "n_runs": ("2", 2), "windows": ("3", 3), "calib_windows": ("2", 2),
+    "long_ppl": (None, True, "--seq_len", "1024"), "anchor_layers": ("3,1", (1, 3)),
+    "head_maps": ("m.npy", Path("m.npy"), "--anchor_layers", "1"), "dtype": ("bfloat16", "bfloat16"), "kernel": ("xla", "xla"),
     "json": ("j.json", Path("j.json")), "sweep": ("64,32,64", (32, 64)), "verbose": (None, True),
     "quiet": (None, True), "debug": (None, True),
 }  # fmt: skip

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from errors import InputError
 from kascade_core import Selection
 from measure.settings import Settings
-from measure.texts import hash_of, load_windows, read_tokens
+from measure.texts import CalibratedOn, hash_of, load_windows, read_tokens
 from weights.tokenizers import TextTokenizer
 
 
@@ -30,7 +31,7 @@ def numbers(tmp_path):
 
 
 def windows(text, calib_text=None, length=5, bos=None, vocab_size=100, calibrated_on=None):
-    settings = Settings(text=text, calib_text=calib_text, seq_len=length, **sizes(length))
+    settings = Settings(text=text, calib_text=calib_text, seq_len=length, windows=1, **sizes(length))
     return load_windows(numbers_tokenizer(bos), settings, vocab_size, calibrated_on)
 
 
@@ -39,13 +40,15 @@ def sizes(length):
 
 
 def both(found):
-    return found.calibration.tolist(), found.test.tolist()
+    """The ids of the only calibration window and of the only test window."""
+    (calibration,), (test,) = found.calibration, found.test
+    return calibration.tolist(), test.tolist()
 
 
 def test_calibration_and_test_windows_share_no_token(numbers):
     found = windows(numbers)
     assert both(found) == ([[0, 1, 2, 3, 4]], [[5, 6, 7, 8, 9]])
-    assert found.test.dtype == jnp.int32
+    assert found.test[0].dtype == jnp.int32
     assert found.prefix == ""
 
 
@@ -83,19 +86,18 @@ def test_a_window_has_room_for_more_than_its_beginning(numbers):
 
 
 def test_a_loaded_schedules_calibration_tokens_are_not_tested_on(numbers):
-    calibration = windows(numbers, length=4).calibration
-    found = windows(numbers, calibrated_on=(4, hash_of(calibration)))
-    assert found.calibration is None
-    assert found.test.tolist() == [[4, 5, 6, 7, 8]]
-    assert windows(numbers, calibrated_on=(4, "of another text")).test.tolist() == [[0, 1, 2, 3, 4]]
-    assert windows(numbers, calibrated_on=(101, "of a longer text")).test.tolist() == [[0, 1, 2, 3, 4]]
-    with_bos = windows(numbers, length=4, bos=99).calibration
-    assert windows(numbers, bos=99, calibrated_on=(4, hash_of(with_bos))).test.tolist() == [[99, 3, 4, 5, 6]]
+    found = windows(numbers, calibrated_on=CalibratedOn.of(windows(numbers, length=4).calibration))
+    assert found.calibration == ()
+    assert found.test[0].tolist() == [[4, 5, 6, 7, 8]]
+    with_bos = CalibratedOn.of(windows(numbers, length=4, bos=99).calibration)
+    assert windows(numbers, bos=99, calibrated_on=with_bos).test[0].tolist() == [[99, 3, 4, 5, 6]]
+    for other in (CalibratedOn(4, 1, "of another text"), CalibratedOn(101, 1, "of a longer text")):
+        assert windows(numbers, calibrated_on=other).test[0].tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_a_byte_order_mark_is_not_part_of_the_text(numbers):
     numbers.write_bytes(b"\xef\xbb\xbf" + numbers.read_bytes())
-    assert windows(numbers).calibration.tolist() == [[0, 1, 2, 3, 4]]
+    assert both(windows(numbers))[0] == [[0, 1, 2, 3, 4]]
 
 
 def test_a_tokenizer_of_another_model_is_refused(numbers):
@@ -106,8 +108,11 @@ def test_a_tokenizer_of_another_model_is_refused(numbers):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"1 2 3", r"text.txt is too short: it has 3 tokens, and 10 are needed"),
-        (b"", "it has 0 tokens, and 10 are needed"),
+        (
+            b"1 2 3",
+            r"text.txt is too short: it holds 0 window\(s\) of 5 tokens, and 2 are needed, 1 of them to calibrate on",
+        ),
+        (b"", r"it holds 0 window\(s\) of 5 tokens, and 2 are needed"),
         (b"1 \xff\xfe 2", r"text.txt is not UTF-8 \(invalid start byte at byte 2\); save it as UTF-8"),
         (None, "text.txt cannot be read: No such file or directory"),
     ],
@@ -126,9 +131,11 @@ def test_no_more_is_read_than_needed(tmp_path):
     assert read_tokens(numbers_tokenizer(), path, 3) == [7, 7, 7]
 
 
-def test_the_hash_of_a_window_is_that_of_its_ids():
-    assert hash_of(jnp.array([[1, 2]], jnp.int32)) != hash_of(jnp.array([[1, 3]], jnp.int32))
-    assert hash_of(jnp.array([[1, 2]], jnp.int32)) == hash_of(jnp.array([1, 2], jnp.int32))
+def test_the_hash_of_windows_is_that_of_their_ids():
+    one, other = jnp.array([[1, 2]], jnp.int32), jnp.array([[1, 3]], jnp.int32)
+    assert hash_of([one]) != hash_of([other])
+    assert hash_of([one, other]) != hash_of([other, one])
+    assert hash_of([one]) == hash_of([np.array([1, 2])])
 
 
 def test_the_sample_is_utf8_prose_of_enough_words():
