@@ -1,0 +1,1 @@
+"""Comparisons with other programs and other hardware; each runs as python -m bench.NAME."""
