@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import convert_weights
 from attention.sharding import make_mesh
@@ -29,7 +30,6 @@ from kascade_core import (
     attended_tiles,
     check_perplexity,
     density_of,
-    mean_density,
     perplexity_of,
     publish_tiles,
     tile_count,
@@ -44,6 +44,7 @@ from measure.machine import (
     processor_name,
     time_interleaved,
 )
+from measure.quality import compare, long_context_loss, run_windows
 from measure.schedules import find_schedule, load_schedule, save_schedule
 from measure.settings import Settings
 from measure.texts import Windows, load_windows
@@ -80,7 +81,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     if settings.load_schedule:
         saved = load_schedule(settings.load_schedule, manifest)
         settings = dataclasses.replace(settings, selection=saved.selection)
-        warn_of_other_length(saved.calibrated_on[0], settings.seq_len)
+        warn_of_other_length(saved.calibrated_on.tokens, settings.seq_len)
     settings = resolve(settings, manifest, devices, say)
     say(f"📦 Loading weights from {weights_dir}...")
     dtype = jnp.dtype(settings.dtype)
@@ -92,17 +93,18 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     calibrated_on = saved.calibrated_on if settings.load_schedule else None
     windows = load_windows(tokenizer, settings, manifest.config.vocab_size, calibrated_on)
     describe_windows(windows, settings, say)
+    settings = dataclasses.replace(settings, windows=len(windows.test), calib_windows=len(windows.calibration) or None)
 
     model_dense = LlamaModel(manifest.config, None, settings.selection, dtype=dtype, kernel=settings.kernel)
-    calibration_pct = None
+    limit_check = None
     if settings.load_schedule:
         plans = saved.plans
     else:
         say(f"📊 Calibrating on {(settings.calib_text or settings.text).name}...")
-        calibration = Calibration(model_dense, params, [windows.calibration], mesh)
+        calibration = Calibration(model_dense, params, windows.calibration, mesh)
         if settings.verbose:
             say("\n".join(console.chosen_tiles(layer, tiles) for layer, tiles in calibration.tiles.items()))
-        plans, calibration_pct = find_schedule(settings, calibration)
+        plans, limit_check = find_schedule(settings, calibration)
     model_sparse = model_dense.clone(schedule=plans)
     say("\n⚡ Generating Optimized Schedule:")
     say(console.schedule(model_sparse.schedule, settings))
@@ -110,25 +112,32 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         save_schedule(settings.save_schedule, model_sparse.schedule, settings.selection, manifest, windows.calibration)
         say(f"📝 Schedule written to {settings.save_schedule}")
 
-    test_ids = windows.test
+    test_ids = windows.test[0]  # timed; all windows are compared
     say("🏃 Running DENSE Baseline...")
     dense = model_dense.compile(params, test_ids, mesh)
-    dense_perplexity = perplexity_of(dense(params, test_ids).nll)
-    warn(check_perplexity(dense_perplexity, manifest.config.vocab_size, test_ids.size - 1))
+    dense_outputs = run_windows(dense, params, windows.test)
+    dense_perplexity = perplexity_of(np.concatenate([output.nll for output in dense_outputs]))
+    warn(check_perplexity(dense_perplexity, manifest.config.vocab_size, len(windows.test) * (test_ids.size - 1)))
     say(f"  All {tile_count(settings.seq_len, settings.selection.tile_size)} tiles in every layer\n")
 
     say("⚡ Running KASCADE Sparse...")
     sparse = model_sparse.compile(params, test_ids, mesh)
-    output = sparse(params, test_ids)
-    publish_tiles(output.tiles)
-    attended = attended_tiles(model_sparse.schedule, output.tiles)
+    sparse_outputs = run_windows(sparse, params, windows.test)
+    publish_tiles(sparse_outputs[0].tiles)
+    attended = attended_tiles(model_sparse.schedule, sparse_outputs[0].tiles)
     if settings.verbose:
         tile_size = settings.selection.tile_size
         say(console.sparse_layers(model_sparse.schedule, attended, tile_size, settings.seq_len))
-    quality = Quality(dense_perplexity, perplexity_of(output.nll), test_ids.size - 1, mean_density(attended))
-    print("\n" + console.quality(quality, settings.selection.density))
-    if calibration_pct is not None:
-        print(console.limit_kept(calibration_pct, quality, settings.max_degradation))
+    compared = compare(model_dense, params, windows.test, dense_outputs, sparse_outputs, mesh)
+    quality = Quality(compared, [density_of(tiles) for tiles in attended.values()])
+    print("\n" + console.quality(quality, settings))
+    long_context = None
+    if settings.long_ppl:
+        prefix = windows.prefix_tokens
+        long_context = long_context_loss(model_dense, params, windows.test, compared, prefix, mesh)
+        print(console.long_context(long_context))
+    if limit_check:
+        print(console.limit_kept(limit_check, quality, settings.max_degradation))
 
     print(f"⏱️  SPEEDUP BENCHMARK\n{console.RULE}\n")
     say(f"Benchmarking {settings.n_runs} runs each...")
@@ -159,11 +168,12 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         machine=machine,
         prefix=windows.prefix,
         schedule=[Layer(plan, density_of(attended[i])) for i, plan in enumerate(model_sparse.schedule)],
-        calibration_pct=calibration_pct,
+        limit_check=limit_check,
         quality=quality,
         timing=timing,
         attention_ms=attention_ms,
         sweep=rows,
+        long_context=long_context,
         peak_memory_bytes=peak_memory(devices[0]),
     )
     if settings.json:
@@ -217,10 +227,16 @@ def describe_model(manifest: Manifest, params: Any) -> Model:
 
 def describe_windows(windows: Windows, settings: Settings, say: Callable[..., None]) -> None:
     """Which tokens calibrate and which test."""
-    if not settings.load_schedule:
-        say(f"📖 Calibration: {windows.calibration.size} tokens of {(settings.calib_text or settings.text).name}")
-    say(f"   Test:        {windows.test.size} tokens of {settings.text.name} (UNSEEN)")
+    if windows.calibration:
+        say(f"📖 Calibration: {count_windows(windows.calibration)} of {(settings.calib_text or settings.text).name}")
+    fewer = "" if len(windows.test) == settings.test_windows[1] else "; it holds no more"
+    say(f"   Test:        {count_windows(windows.test)} of {settings.text.name} (UNSEEN){fewer}")
     say(f"   Each window begins with {windows.prefix}\n" if windows.prefix else "")
+
+
+def count_windows(windows: Sequence[jax.Array]) -> str:
+    """How many windows of how many tokens."""
+    return f"{len(windows)} window{'s' * (len(windows) > 1)} of {windows[0].size} tokens"
 
 
 def warn_of_other_length(made_for: int, seq_len: int) -> None:

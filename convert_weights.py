@@ -42,6 +42,7 @@ from weights.folder import (
     check_space,
     claiming,
     count_scalars,
+    leftovers,
     numpy_dtype,
     read_manifest,
     replacing,
@@ -107,7 +108,7 @@ def _build_once(
     output: Path, source: str, dtype: str, overwrite: bool, num_bytes: int, build: Callable[[Path], None], say: Say
 ) -> bool:
     """Has `build` fill the folder, unless it is there already or another process makes it meanwhile."""
-    if not overwrite and _is_converted(output, source, dtype):
+    if not overwrite and _is_converted(output, source, dtype) and not leftovers(output):
         return False
     with claiming(output, lambda: say(f"another process is making {output}: waiting for it")):
         if not overwrite and _is_converted(output, source, dtype):

@@ -68,6 +68,7 @@ class Selection:
     density: float | None = _flag(
         None, "instead of --top_k: share of the causal key tiles kept in every sparse layer, in (0, 1]"
     )
+    min_tiles: int = _flag(0, "with --density, key tiles kept per query tile and KV head at least")
     sink_tiles: int = _flag(1, "first tiles of the text that every query tile keeps, counted in top_k")
     local_tiles: int = _flag(0, "tiles before its own that a query tile keeps, counted in top_k")
     query_tile: int | None = _flag(
@@ -77,7 +78,8 @@ class Selection:
 
     def __post_init__(self) -> None:
         self._resolve_defaults()
-        for name, least in (("tile_size", 1), ("query_tile", 1), ("sink_tiles", 0), ("local_tiles", 0)):
+        at_least = {"tile_size": 1, "query_tile": 1, "sink_tiles": 0, "local_tiles": 0, "min_tiles": 0}
+        for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.block % self.query_tile or self.block % self.tile_size:
@@ -96,6 +98,8 @@ class Selection:
             raise InputError("top_k and density exclude each other: give one of them")
         if self.top_k is None and self.density is None:
             object.__setattr__(self, "top_k", DEFAULT_TOP_K)
+        if self.min_tiles > 0 and self.density is None:
+            raise InputError(f"min_tiles has no effect without density, got {self.min_tiles}")
         if self.query_tile is None:
             object.__setattr__(self, "query_tile", self.tile_size)
 
@@ -125,7 +129,12 @@ class Selection:
         """C: key tiles that a query tile keeps at most."""
         if self.density is None:
             return min(self.top_k, num_key_tiles)
-        return min(max(math.ceil(self.density * num_key_tiles), self.num_kept_tiles), num_key_tiles)
+        return min(max(math.ceil(self.density * num_key_tiles), self.least_tiles), num_key_tiles)
+
+    @property
+    def least_tiles(self) -> int:
+        """Key tiles that a query tile keeps whatever its position gives it by density, as far as it sees them."""
+        return max(self.num_kept_tiles, self.min_tiles)
 
     def scored_rows(self) -> np.ndarray:
         """int: the rows of a query tile whose attention is pooled; a sample is even and has the first and the last."""
@@ -134,7 +143,7 @@ class Selection:
 
     def with_top_k(self, top_k: int) -> Selection:
         """The same selection with another budget."""
-        return dataclasses.replace(self, top_k=top_k, density=None)
+        return dataclasses.replace(self, top_k=top_k, density=None, min_tiles=0)
 
 
 def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: jax.Array | None = None) -> jax.Array:
@@ -150,28 +159,32 @@ def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: ja
       tiles_BKQC: int32 with C = selection.slots(P), best first: a query tile's own, then sinks and local tiles, then
       by mass.
     """
-    Q, P = scores_BKQP.shape[-2:]
+    *leading, Q, P = scores_BKQP.shape
     first_row_Q1 = (jnp.arange(Q) if query_tiles_Q is None else query_tiles_Q)[:, None] * selection.query_tile
-    start_P = jnp.arange(P) * selection.tile_size
-    past_QP = start_P + selection.tile_size <= first_row_Q1
-    seen_QP = start_P < first_row_Q1 + selection.query_tile
-    near_QP = start_P + (selection.local_tiles + 1) * selection.tile_size > first_row_Q1
+    tile_1P = jnp.arange(P)[None]
+    start_1P = tile_1P * selection.tile_size
+    past_QP = start_1P + selection.tile_size <= first_row_Q1
+    seen_QP = start_1P < first_row_Q1 + selection.query_tile
+    near_QP = start_1P + (selection.local_tiles + 1) * selection.tile_size > first_row_Q1
     most = jnp.finfo(scores_BKQP.dtype).max
-    scores_BKQP = jnp.where((jnp.arange(P) < selection.sink_tiles) | near_QP, most, scores_BKQP)
-    ranked_BKQP = jnp.where(past_QP, scores_BKQP, jnp.where(seen_QP, jnp.inf, -jnp.inf))  # own tiles come first
-    _, tiles_BKQC = jax.lax.top_k(ranked_BKQP, selection.slots(P))
-    kept = tiles_BKQC * selection.tile_size < first_row_Q1 + selection.query_tile
+    scores_ZQP = scores_BKQP.reshape(-1, Q, P)
+    scores_ZQP = jnp.where(((tile_1P < selection.sink_tiles) | near_QP)[None], most, scores_ZQP)
+    own_QP = jnp.where(seen_QP, jnp.inf, -jnp.inf)  # own tiles come first, later ones last
+    _, tiles_ZQC = jax.lax.top_k(jnp.where(past_QP[None], scores_ZQP, own_QP[None]), selection.slots(P))
+    kept_ZQC = tiles_ZQC * selection.tile_size < (first_row_Q1 + selection.query_tile)[None]
     if selection.density is not None:
-        share_Q1 = jnp.ceil(selection.density * seen_QP.sum(-1, keepdims=True) - 1e-4).astype(jnp.int32)
-        kept &= jnp.arange(tiles_BKQC.shape[-1]) < jnp.maximum(share_Q1, selection.num_kept_tiles)
-    return jnp.where(kept, tiles_BKQC, NO_TILE).astype(jnp.int32)
+        seen_Q1 = seen_QP.sum(-1, keepdims=True, dtype=jnp.float32)
+        share_Q1 = jnp.ceil(selection.density * seen_Q1 - 1e-4).astype(jnp.int32)
+        slots_1C = jnp.arange(tiles_ZQC.shape[-1])[None]
+        kept_ZQC &= (slots_1C < jnp.maximum(share_Q1, selection.least_tiles))[None]
+    return jnp.where(kept_ZQC, tiles_ZQC, NO_TILE).astype(jnp.int32).reshape(*leading, Q, -1)
 
 
 def cut_tiles(tiles_BKQC: jax.Array, budgets: Sequence[int]) -> jax.Array:
     """The first budgets[k] tiles of each KV head k, best first still; C is the largest budget."""
     slots_C = np.arange(min(max(budgets), tiles_BKQC.shape[-1]))
-    kept_K1C = slots_C < np.array(budgets)[:, None, None]
-    return jnp.where(kept_K1C, tiles_BKQC[..., : slots_C.size], NO_TILE)
+    kept_1K1C = slots_C < np.array(budgets)[None, :, None, None]
+    return jnp.where(kept_1K1C, tiles_BKQC[..., : slots_C.size], NO_TILE)
 
 
 def seen_tiles(tiles_BKQC: np.ndarray) -> np.ndarray:
@@ -456,6 +469,8 @@ def calibrate_kascade(
 ) -> None:
     """Runs `model` densely while every layer also chooses its Top-K tiles, and leaves them in KASCADE_CACHE.
 
+    One text after another, so that several take no more memory than one.
+
     Args:
       model: a `llama_model.LlamaModel`; its fields stay as they are but for these two sizes.
       params: its variables, {"params": ...}.
@@ -470,12 +485,16 @@ def calibrate_kascade(
     selection = dataclasses.replace(model.selection, tile_size=tile_size)
     selection = selection if top_k is None else selection.with_top_k(top_k)
     observer = model.clone(schedule=None, calibrate=True, selection=selection)
-    output = observer.compile(params, input_ids, mesh)(params, input_ids)
-    if not np.isfinite(output.nll).all():
-        raise InputError(
-            "the model computes infinities or NaN on the calibration text: its weights or config are wrong"
-        )
-    publish_tiles(output.tiles)
+    forward, tiles_by_layer = observer.compile(params, input_ids[:1], mesh), {}
+    for ids_T in input_ids:
+        output = forward(params, ids_T[None])
+        if not np.isfinite(output.nll).all():
+            raise InputError(
+                "the model computes infinities or NaN on the calibration text: its weights or config are wrong"
+            )
+        for layer, tiles_BKQC in output.tiles.items():
+            tiles_by_layer.setdefault(layer, []).append(np.asarray(tiles_BKQC))
+    publish_tiles({layer: np.concatenate(parts) for layer, parts in tiles_by_layer.items()})
 
 
 # --- Perplexity ---

@@ -86,7 +86,7 @@ def count_parameters(params: Any) -> int:
 
 # --- Layers ---
 
-Rope = tuple[jax.Array, jax.Array]  # cos and sin, float32 [T, 1, H / 2] each
+Rope = tuple[jax.Array, jax.Array]  # cos and sin, float32 [1, T, 1, H / 2] each
 
 VOCAB_CHUNK = 1024  # tokens of the vocabulary in one product of the loss: its logits are no larger than the MLP's rows
 MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F columns are the widest array of a layer
@@ -96,7 +96,8 @@ _matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 def rope_table(config: LlamaConfig, positions_T: jax.Array) -> Rope:
     """Cos and sin of every position's angles (RoPE, arXiv 2104.09864)."""
-    angles = positions_T.astype(jnp.float32)[:, None, None] * jnp.asarray(rope_frequencies(config), jnp.float32)
+    angles_TH = jnp.outer(positions_T.astype(jnp.float32), jnp.asarray(rope_frequencies(config), jnp.float32))
+    angles = angles_TH[None, :, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -110,12 +111,16 @@ def apply_rope(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
 def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     """X / sqrt(mean(x^2) + eps) * weight, in float32 (arXiv 1910.07467)."""
     x_BTD = x_BTD.astype(jnp.float32)
-    return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True) + eps) * weight_D
+    return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True) + eps) * weight_D[None, None]
 
 
 def _linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any) -> jax.Array:
     """The only dtype decision of a product: inputs in `dtype`, sum and result in float32."""
-    return matmul("BTD,DF->BTF", x_BTD.astype(dtype), w_DF.astype(dtype))
+    x_BTD, w_DF = x_BTD.astype(dtype), w_DF.astype(dtype)
+    if x_BTD.shape[:2] == (1, 1) and dtype == jnp.bfloat16:
+        # XLA's CPU multiplies one bfloat16 row by a matrix eight times slower than two rows.
+        return matmul("BTD,DF->BTF", jnp.repeat(x_BTD, 2, axis=1), w_DF)[:, :1]
+    return matmul("BTD,DF->BTF", x_BTD, w_DF)
 
 
 class Attention(nn.Module):
@@ -214,22 +219,20 @@ class Block(nn.Module):
         """The first half for one new token a sequence, whose key and value are written into the cache.
 
         Returns:
-          The stream, the tiles that this layer chose, and the cached k_BKSH and v_BKSH with the new ones.
+          The stream, the tiles that this layer chose, and the cached k_ZSH and v_ZSH with the new ones.
         """
         q_B1NH, k_B1KH, v_B1KH = self.attention.project(self._normed(x_B1D), rope)
-        k_BKSH, v_BKSH = (
-            write_at(x, new.swapaxes(1, 2), positions_B) for x, new in zip(cached, (k_B1KH, v_B1KH), strict=True)
-        )
+        k_ZSH = write_at(cached[0], k_B1KH[:, 0], positions_B)
+        v_ZSH = write_at(cached[1], v_B1KH[:, 0], positions_B)
         q_BNH, chosen_BK1C = q_B1NH[:, 0], None
         if self.plan.mode == ANCHOR:
-            chosen_BK1C, scores_BKGS = decode.choose_step(q_BNH, k_BKSH, positions_B, self._selection())
-            tiles_BK1C = self.plan.attended(chosen_BK1C)
-            out_BNH = decode.anchor_step(scores_BKGS, v_BKSH, tiles_BK1C, self.selection)
+            chosen_BK1C, scores_ZGS = decode.choose_step(q_BNH, k_ZSH, positions_B, self._selection())
+            out_BNH = decode.anchor_step(scores_ZGS, v_ZSH, self.plan.attended(chosen_BK1C), self.selection)
         elif self.plan.mode == REUSE:
-            out_BNH = decode.reuse_step(q_BNH, k_BKSH, v_BKSH, positions_B, tiles_BK1C, self.selection)
+            out_BNH = decode.reuse_step(q_BNH, k_ZSH, v_ZSH, positions_B, tiles_BK1C, self.selection)
         else:
-            out_BNH = decode.dense_step(q_BNH, k_BKSH, v_BKSH, positions_B)
-        return x_B1D + self.attention.output(out_BNH[:, None]), chosen_BK1C, (k_BKSH, v_BKSH)
+            out_BNH = decode.dense_step(q_BNH, k_ZSH, v_ZSH, positions_B)
+        return x_B1D + self.attention.output(out_BNH[:, None]), chosen_BK1C, (k_ZSH, v_ZSH)
 
     def feed(self, x_BTD: jax.Array) -> jax.Array:
         """The second half."""
@@ -249,8 +252,10 @@ class Block(nn.Module):
         return rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
 
     def _selection(self) -> Selection:
-        budget = self.plan.largest_budget
-        return self.selection if budget is None else self.selection.with_top_k(budget)
+        if self.plan.largest_budget is None:
+            return self.selection
+        # A smaller one than the selection keeps anyway is cut afterwards.
+        return self.selection.with_top_k(max(self.plan.largest_budget, self.selection.num_kept_tiles))
 
 
 # --- The cache ---
@@ -259,8 +264,9 @@ KeysValues = tuple[jax.Array, jax.Array]  # of one layer
 
 
 class KVCache(NamedTuple):
-    """Keys (after RoPE) and values of every layer, [B, K, S, H] each; S is room for so many tokens.
+    """Keys (after RoPE) and values of every layer, k_ZSH and v_ZSH; S is room for so many tokens.
 
+    Batch and KV heads are one axis, as the products take them: another view of the array would be a copy in each step.
     A step is given the cache away (it is donated) and returns it with the new tokens' keys and values written in place.
     """
 
@@ -269,7 +275,7 @@ class KVCache(NamedTuple):
     @classmethod
     def empty(cls, config: LlamaConfig, batch: int, size: int, dtype: Any) -> KVCache:
         """Zeros: what is behind a sequence's last token has no weight, but must be finite."""
-        shape = (batch, config.num_key_value_heads, size, config.head_dim)
+        shape = (batch * config.num_key_value_heads, size, config.head_dim)
         return cls(tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)))
 
     @staticmethod
@@ -279,11 +285,13 @@ class KVCache(NamedTuple):
         return config.num_hidden_layers * per_layer * jnp.dtype(dtype).itemsize
 
 
-def write_at(x_BKSH: jax.Array, new_BK1H: jax.Array, positions_B: jax.Array) -> jax.Array:
+def write_at(x_ZSH: jax.Array, new_BKH: jax.Array, positions_B: jax.Array) -> jax.Array:
     """Writes one row of each sequence at its position; a slice a sequence is written in place, a scatter is slower."""
-    for b in range(x_BKSH.shape[0]):
-        x_BKSH = jax.lax.dynamic_update_slice(x_BKSH, new_BK1H[b : b + 1], (b, 0, positions_B[b], 0))
-    return x_BKSH
+    B, K, _ = new_BKH.shape
+    new_BK1H = new_BKH.astype(x_ZSH.dtype)[:, :, None]
+    for b in range(B):
+        x_ZSH = jax.lax.dynamic_update_slice(x_ZSH, new_BK1H[b], (b * K, positions_B[b], 0))
+    return x_ZSH
 
 
 # --- The model ---
@@ -364,7 +372,7 @@ class LlamaModel(nn.Module):
     def step(
         self, ids_B: jax.Array, positions_B: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, dict[int, jax.Array], KVCache]:
-        """One new token a sequence: its final, normed stream x_B1D, the tiles_BK1C that anchors chose, and the cache."""
+        """One new token a sequence: its final, normed stream x_B1D, the tiles_BK1C that anchors chose, the cache."""
         rope = tuple(x[:, None] for x in rope_table(self.config, positions_B))
         x_B1D = self.tok_embeddings[ids_B].astype(jnp.float32)[:, None]
         tiles_by_layer: dict[int, jax.Array] = {}
@@ -447,7 +455,7 @@ class LlamaModel(nn.Module):
         size = self.config.vocab_size if size is None else size
         if self.config.tie_word_embeddings:
             w_VD = jax.lax.dynamic_slice_in_dim(self.tok_embeddings, start, size, axis=0)
-            return matmul("BTD,VD->BTV", x_BTD.astype(self.dtype), w_VD.astype(self.dtype))
+            return _linear(x_BTD, w_VD.T, self.dtype)
         return _linear(x_BTD, jax.lax.dynamic_slice_in_dim(self.output, start, size, axis=1), self.dtype)
 
     def _target_logits(self, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
@@ -503,7 +511,7 @@ class LlamaModel(nn.Module):
         def run(params: Any, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
             return self.apply(params, ids_BN, positions_B, cache, method="decode")
 
-        batch = cache.layers[0][0].shape[0]
+        batch = cache.layers[0][0].shape[0] // self.config.num_key_value_heads
         ids_BN = jax.ShapeDtypeStruct((batch, num_steps), jnp.int32)
         positions_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
         start = time.perf_counter()
@@ -553,12 +561,13 @@ class Forward:
     def __call__(self, params: Any, input_ids: jax.Array) -> Output:
         return self.program(params, input_ids)
 
-    def fill_cache(self, output: Output, size: int, mesh: Mesh) -> KVCache:
+    def fill_cache(self, output: Output, size: int, mesh: Mesh, dtype: Any) -> KVCache:
         """A cache with room for `size` tokens, on the mesh's first device, that holds what a forward computed."""
 
         def arrange(x_BTKH: jax.Array) -> jax.Array:
             x_BKTH = self.layout.collect(x_BTKH, 1)[:, : self.layout.length].swapaxes(1, 2)
-            return pad_axis(x_BKTH, 2, size)
+            x_ZTH = x_BKTH.reshape(-1, *x_BKTH.shape[2:]).astype(dtype)
+            return pad_axis(x_ZTH, 1, size)
 
         arranged = jit(arrange, mesh)
         return KVCache(

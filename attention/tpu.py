@@ -188,7 +188,7 @@ def choose(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: L
     steps, W = tile_count(P, at_once), at_once * M
     k_ZHS = pad_axis(k_BKHS.reshape(B * K, H, -1), 2, steps * W)
     rows_Q = layout.local_positions()[::Y]
-    rows_QR = rows_Q[:, None] + jnp.tile(jnp.asarray(offsets, jnp.int32), R // len(offsets))
+    rows_QR = rows_Q[:, None] + jnp.tile(jnp.asarray(offsets, jnp.int32), R // len(offsets))[None]
 
     def score(interpret: bool) -> Callable[..., Any]:
         return pl.pallas_call(

@@ -181,6 +181,10 @@ class Calibration:
     def __init__(self, model: LlamaModel, params: Any, windows: Sequence[jax.Array], mesh: Mesh) -> None:
         self.model, self.params, self.windows, self.mesh = model, params, tuple(windows), mesh
 
+    def of_windows(self, windows: Sequence[jax.Array]) -> Calibration:
+        """What other windows show of the same model."""
+        return Calibration(self.model, self.params, windows, self.mesh)
+
     @cached_property
     def tiles(self) -> dict[int, np.ndarray]:
         """The tiles_BKQC that every layer would choose; they are published in KASCADE_CACHE as well."""

@@ -43,7 +43,6 @@ def configure_device(device: str) -> list[jax.Device]:
         ("jax_enable_x64", False),  # dtypes here are explicit, and Python numbers must not widen them
         ("jax_disable_jit", False),
         ("jax_transfer_guard", "allow"),
-        ("jax_numpy_rank_promotion", "allow"),
     ):
         jax.config.update(name, value)
     with contextlib.suppress(RuntimeError):  # JAX is running already, and keeps the devices it has

@@ -14,6 +14,7 @@ import numpy as np
 from errors import InputError, quote
 from kascade_core import (
     ANCHOR,
+    DENSE,
     FIRST_LAYER,
     REUSE,
     LayerPlan,
@@ -27,13 +28,14 @@ from kascade_core import (
 from measure.layerwise import Calibration, Observation
 from measure.search import ranks_of, search_schedule, seen_by_query_tile
 from measure.settings import DP, MASS, MOST_TOKENS, SEARCH, Settings
-from measure.texts import hash_of
-from report.results import write_json
+from measure.texts import CalibratedOn
+from report.results import LimitCheck, write_json
+from weights.config import LlamaConfig
 from weights.folder import Manifest
 
 
-def find_schedule(settings: Settings, calibration: Calibration) -> tuple[Schedule, float | None]:
-    """The schedule that the settings ask for, and its degradation on the calibration text (percent) if measured."""
+def find_schedule(settings: Settings, calibration: Calibration) -> tuple[Schedule, LimitCheck | None]:
+    """The schedule that the settings ask for, and what it cost on held-out calibration windows if measured."""
     if settings.scheduler == SEARCH:
         return search_schedule(calibration, settings.anchors, settings.budgets, settings.max_degradation)
     importance_L = None
@@ -43,9 +45,14 @@ def find_schedule(settings: Settings, calibration: Calibration) -> tuple[Schedul
     else:
         similarity_LL = similarity_matrix(calibration.tiles)
     if settings.scheduler == DP:
-        plans = decide_nearest(similarity_LL, dp_anchors(similarity_LL, settings.anchors, importance_L))
+        anchors = settings.anchor_layers or dp_anchors(similarity_LL, settings.anchors, importance_L)
+        plans = decide_nearest(
+            similarity_LL, anchors, "named" if settings.anchor_layers else "chosen by dynamic programming"
+        )
     else:
         plans = decide_by_threshold(similarity_LL, settings.threshold, settings.max_reuse_dist)
+    if settings.head_maps:
+        return with_head_maps(plans, load_head_maps(settings.head_maps, calibration.model.config)), None
     if settings.similarity != MASS:
         return add_head_maps(plans, calibration.tiles), None
     return tuple(
@@ -118,12 +125,18 @@ def dp_anchors(similarity_LL: np.ndarray, num_anchors: int, importance_L: np.nda
     return anchors[::-1]
 
 
-def decide_nearest(similarity_LL: np.ndarray, anchors: Sequence[int]) -> Schedule:
-    """Every layer that is no anchor reuses the nearest anchor before it, as the paper's programme counts."""
+def decide_nearest(similarity_LL: np.ndarray, anchors: Sequence[int], reason: str = "") -> Schedule:
+    """Every layer that is no anchor reuses the nearest anchor before it, as the paper's programme counts.
+
+    Layers before the first anchor are DENSE; `reason` is that of the anchors.
+    """
     plans = [FIRST_LAYER]
     for layer in range(1, len(similarity_LL)):
         if layer in anchors:
-            plans.append(LayerPlan(ANCHOR, reason="chosen by dynamic programming"))
+            plans.append(LayerPlan(ANCHOR, reason=reason))
+            continue
+        if layer < min(anchors):
+            plans.append(LayerPlan(DENSE, reason="before the first anchor"))
             continue
         anchor = max(a for a in anchors if a < layer)
         similarity = float(similarity_LL[layer, anchor])
@@ -131,21 +144,52 @@ def decide_nearest(similarity_LL: np.ndarray, anchors: Sequence[int]) -> Schedul
     return tuple(plans)
 
 
+def with_head_maps(plans: Sequence[LayerPlan], maps_LK: np.ndarray) -> Schedule:
+    """The schedule with each REUSE layer's own row as its head map."""
+    return tuple(
+        dataclasses.replace(plan, head_map=tuple(map(int, row))) if plan.mode == REUSE else plan
+        for plan, row in zip(plans, maps_LK, strict=True)
+    )
+
+
 # --- Files ---
+
+
+def load_head_maps(path: Path, config: LlamaConfig) -> np.ndarray:
+    """int [L, K]: for each layer and KV head the anchor's KV head, as the paper's reference code saves them.
+
+    Raises:
+      InputError: the file cannot be read, or is not such an array for this model.
+    """
+    try:
+        with path.open("rb") as file:
+            maps_LK = np.lib.format.read_array(file, allow_pickle=False)
+    except OSError as error:
+        raise InputError(f"head_maps {path} cannot be read: {error.strerror}") from error
+    except (ValueError, EOFError, SyntaxError, MemoryError) as error:
+        raise InputError(f"head_maps {path} is not a .npy array: {quote(str(error))}") from error
+    expected, K = (config.num_hidden_layers, config.num_key_value_heads), config.num_key_value_heads
+    if maps_LK.shape != expected or maps_LK.dtype.kind not in "iu" or not ((maps_LK >= 0) & (maps_LK < K)).all():
+        raise InputError(
+            f"head_maps {path}: expected whole numbers from 0 to {K - 1}, an array {expected} of layers and KV heads, "
+            f"got {maps_LK.dtype} {maps_LK.shape}"
+        )
+    return maps_LK
+
 
 SCHEDULE_VERSION = 2
 LAYER_FIELDS = ("mode", "anchor", "head_map", "budgets")
 
 
 def save_schedule(
-    path: Path, plans: Sequence[LayerPlan], selection: Selection, manifest: Manifest, calibration_ids: jax.Array
+    path: Path, plans: Sequence[LayerPlan], selection: Selection, manifest: Manifest, calibration: Sequence[jax.Array]
 ) -> None:
-    """Writes a schedule with what it was made for and from: the model, the tile sizes, the calibration window."""
+    """Writes a schedule with what it was made for and from: the model, the tile sizes, the calibration windows."""
     saved = {
         "format_version": SCHEDULE_VERSION,
         "model": {"name": manifest.model, "fingerprint": manifest.fingerprint},
         "selection": dataclasses.asdict(selection),
-        "calibration": {"tokens": calibration_ids.size, "sha256": hash_of(calibration_ids)},
+        "calibration": dataclasses.asdict(CalibratedOn.of(calibration)),
         "layers": [{name: getattr(plan, name) for name in LAYER_FIELDS} for plan in plans],
     }
     write_json(path, saved)
@@ -153,11 +197,11 @@ def save_schedule(
 
 @dataclasses.dataclass(frozen=True)
 class SavedSchedule:
-    """A schedule from a file; `calibrated_on` is the number of tokens that it was made from, and their hash."""
+    """A schedule from a file, and what it was made from."""
 
     plans: Schedule
     selection: Selection
-    calibrated_on: tuple[int, str]
+    calibrated_on: CalibratedOn
 
 
 def load_schedule(path: Path, manifest: Manifest) -> SavedSchedule:
@@ -200,10 +244,16 @@ def _parse_schedule(saved: Mapping[str, Any], path: Path, manifest: Manifest) ->
     ]
     config = manifest.config
     plans = freeze_schedule(layers, config.num_hidden_layers, config.num_key_value_heads)
-    calibrated_on = saved["calibration"]["tokens"], saved["calibration"]["sha256"]
-    if tuple(map(type, calibrated_on)) != (int, str) or not 1 < calibrated_on[0] <= MOST_TOKENS:
-        raise InputError(f"calibration must be a number of tokens and a hash, got {quote(calibrated_on)}")
-    return SavedSchedule(plans, Selection(**sizes), calibrated_on)
+    return SavedSchedule(plans, Selection(**sizes), _parse_calibration(saved["calibration"]))
+
+
+def _parse_calibration(saved: Mapping[str, Any]) -> CalibratedOn:
+    tokens, windows, sha256 = saved["tokens"], saved["windows"], saved["sha256"]
+    if tuple(map(type, (tokens, windows, sha256))) != (int, int, str) or not (
+        1 < tokens <= MOST_TOKENS and 0 < windows <= MOST_TOKENS
+    ):
+        raise InputError(f"calibration must be a number of tokens, of windows, and a hash, got {quote(saved)}")
+    return CalibratedOn(tokens, windows, sha256)
 
 
 def _frozen(value: Any) -> Any:

@@ -23,6 +23,9 @@ JACCARD, MASS = "jaccard", "mass"  # similarity of layers
 UNIFORM, PER_LAYER, PER_HEAD = "uniform", "layer", "head"  # who has a budget of its own
 ANCHOR_SHARE = 0.3  # of the layers, when --anchors is not given
 MOST_TOKENS = 2**31 - 1  # positions are 32-bit numbers
+DEFAULT_WINDOWS = 4  # of the test text
+SHORT_CONTEXT = 512  # tokens of context that long_ppl takes for a short one
+LIMIT_WINDOWS = (3, 8)  # of the calibration text with max_degradation: at least one to fit and two to check on
 
 
 def _flag(default: Any, help: str, choices: Sequence[str] | None = None, metavar: str | None = None) -> Any:
@@ -51,6 +54,18 @@ class Settings:
     )
     similarity: str | None = _flag(None, "of layers, for threshold and dp (jaccard)", (JACCARD, MASS))
     anchors: int | None = _flag(None, "number of anchor layers of dp and search (3 of 10 layers)")
+    anchor_layers: tuple[int, ...] = _flag(
+        (),
+        "the anchor layers of dp, instead of letting it choose: every later layer reuses the nearest one before it, "
+        "and layers before the first are dense",
+        metavar="N,N,...",
+    )
+    head_maps: Path | None = _flag(
+        None,
+        "with --anchor_layers, head maps instead of the calibrated ones: an int32 .npy array [layers, KV heads], each "
+        "layer's row the anchor's heads",
+        metavar="FILE",
+    )
     budgets: str | None = _flag(
         None,
         "of search: what has a number of tiles of its own, at one density over all (layer)",
@@ -70,7 +85,14 @@ class Settings:
     calib_text: Path | None = _flag(
         None, "UTF-8 text to calibrate on (the tokens of --text before the tested ones)", metavar="FILE"
     )
-    seq_len: int = _flag(512, "tokens in the calibration window and in the test window, at least 2")
+    seq_len: int = _flag(512, "tokens in each window, at least 2")
+    windows: int | None = _flag(
+        None, f"windows to test on, one after another ({DEFAULT_WINDOWS}, or as many as the text holds)"
+    )
+    calib_windows: int | None = _flag(
+        None,
+        f"windows to calibrate on (1; with --max_degradation {LIMIT_WINDOWS[1]}, or as many as the text holds)",
+    )
     n_runs: int = _flag(5, "timed runs of each kind")
     dtype: str = _flag("auto", "of matrix inputs; auto takes the faster of float32 and bfloat16", ("auto", *DTYPES))
     kernel: str = _flag(
@@ -83,6 +105,9 @@ class Settings:
         (),
         "also time these lengths, with the run's schedule and the tested tokens, repeated where too few",
         metavar="N,N,...",
+    )
+    long_ppl: bool = _flag(
+        False, f"also the perplexity over the tokens that need more than {SHORT_CONTEXT} tokens of context"
     )
     verbose: bool = _flag(False, "also print each layer's tiles")
     quiet: bool = _flag(False, "print the results alone")
@@ -99,13 +124,15 @@ class Settings:
                 raise InputError(f"{name}: cannot write {path}: give a file in a folder that exists and is open to you")
 
     def _resolve_defaults(self) -> None:
-        scheduler = self.scheduler or (THRESHOLD if self.max_degradation is None else SEARCH)
+        scheduler = self.scheduler or (DP if self.anchor_layers else THRESHOLD)
+        if self.scheduler is None and self.max_degradation is not None:
+            scheduler = SEARCH
         self._set(scheduler=LOADED if self.load_schedule and self.scheduler is None else scheduler)
         if self.scheduler in (THRESHOLD, DP) and self.similarity is None:
             self._set(similarity=JACCARD)
         if self.scheduler == SEARCH and self.budgets is None:
             self._set(budgets=PER_LAYER)
-        for name in ("weights_dir", "text", "calib_text", "json", "save_schedule", "load_schedule"):
+        for name in ("weights_dir", "text", "calib_text", "json", "save_schedule", "load_schedule", "head_maps"):
             if path := getattr(self, name):
                 self._set(**{name: path.expanduser()})
 
@@ -114,7 +141,8 @@ class Settings:
             object.__setattr__(self, name, value)
 
     def _check_ranges(self) -> None:
-        for name, least in (("max_reuse_dist", 1), ("anchors", 1), ("n_runs", 1), ("seq_len", 2)):
+        at_least_one = ("max_reuse_dist", "anchors", "n_runs", "windows", "calib_windows")
+        for name, least in (*((name, 1) for name in at_least_one), ("seq_len", 2)):
             value = getattr(self, name)
             if value is not None and not least <= value <= MOST_TOKENS:
                 raise InputError(f"{name} must be at least {least} and below 2^31, got {quote(value)}")
@@ -122,6 +150,11 @@ class Settings:
             raise InputError(f"threshold must be in [0, 1], got {self.threshold}")
         if self.max_degradation is not None and not 0 < self.max_degradation < math.inf:
             raise InputError(f"max_degradation must be above 0, got {self.max_degradation}")
+        if self.max_degradation is not None and self.calib_windows in range(1, LIMIT_WINDOWS[0]):
+            raise InputError(
+                f"calib_windows must be at least {LIMIT_WINDOWS[0]} with max_degradation, which fits on some and "
+                f"checks on the others, got {self.calib_windows}"
+            )
         if self.verbose and self.quiet:
             raise InputError("verbose and quiet exclude each other: give one of them")
 
@@ -132,18 +165,33 @@ class Settings:
         for name, schedulers in {
             "similarity": (THRESHOLD, DP),
             "anchors": (DP, SEARCH),
+            "anchor_layers": (DP,),
+            "head_maps": (DP,),
             "budgets": (SEARCH,),
             "max_degradation": (SEARCH,),
             "save_schedule": (THRESHOLD, DP, SEARCH),
+            "calib_windows": (THRESHOLD, DP, SEARCH),
         }.items():
-            if getattr(self, name) is not None and self.scheduler not in schedulers:
+            if getattr(self, name) not in (None, ()) and self.scheduler not in schedulers:
                 maker = "load_schedule" if self.scheduler == LOADED else f"scheduler {self.scheduler}"
                 raise InputError(f"{name} has no effect with {maker}; it needs scheduler {' or '.join(schedulers)}")
+
+        if self.anchor_layers and self.anchors is not None:
+            raise InputError("anchors and anchor_layers exclude each other: give one of them")
+        if self.head_maps and not self.anchor_layers:
+            raise InputError("head_maps has no effect without anchor_layers, which says whose heads they name")
+        if self.selection.min_tiles and self.scheduler == SEARCH:
+            raise InputError("min_tiles has no effect with scheduler search, which gives out budgets of its own")
 
     def _check_lengths(self) -> None:
         for name in ("tile_size", "query_tile"):
             if getattr(self.selection, name) > self.seq_len:
                 raise InputError(f"{name} must be at most seq_len, {self.seq_len}, got {getattr(self.selection, name)}")
+        if self.long_ppl and self.seq_len < 2 * SHORT_CONTEXT:
+            raise InputError(
+                f"long_ppl needs a seq_len of at least {2 * SHORT_CONTEXT}: it looks for tokens that need more than "
+                f"{SHORT_CONTEXT} tokens of context, got {self.seq_len}"
+            )
         least = max(2, self.selection.query_tile)
         if self.sweep and not (least <= min(self.sweep) and max(self.sweep) <= MOST_TOKENS):
             raise InputError(
@@ -163,15 +211,34 @@ class Settings:
         except InputError as error:
             parser.error(str(error))
 
+    @property
+    def test_windows(self) -> tuple[int, int]:
+        """How many windows are tested, at least and at most."""
+        return (1, DEFAULT_WINDOWS) if self.windows is None else (self.windows, self.windows)
+
+    @property
+    def calibration_windows(self) -> tuple[int, int]:
+        """How many windows calibrate, at least and at most."""
+        if self.calib_windows is not None:
+            return self.calib_windows, self.calib_windows
+        return (1, 1) if self.max_degradation is None else LIMIT_WINDOWS
+
     def for_model(self, config: LlamaConfig) -> Settings:
         """The settings with the defaults that depend on the model resolved.
 
         Raises:
-          InputError: more anchors than the model has layers to choose from.
+          InputError: more anchors than the model has layers to choose from, or anchor layers that it has not.
         """
+        layers = config.num_hidden_layers
+        if self.anchor_layers and not 1 <= min(self.anchor_layers) <= max(self.anchor_layers) < layers:
+            raise InputError(
+                f"anchor_layers must be from 1 to {layers - 1}, for layer 0 of the {layers} is dense, got "
+                f"{quote(self.anchor_layers)}"
+            )
+        if self.anchor_layers:
+            return self
         if self.scheduler not in (DP, SEARCH):
             return self
-        layers = config.num_hidden_layers
         anchors = max(1, round(ANCHOR_SHARE * layers)) if self.anchors is None else self.anchors
         if not 1 <= anchors < layers:
             raise InputError(

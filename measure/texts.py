@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -11,91 +12,134 @@ import jax.numpy as jnp
 import numpy as np
 
 from errors import InputError
-from measure.settings import Settings
+from measure.settings import MOST_TOKENS, Settings
 from weights.tokenizers import TextTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Token ids, int32 [1, T] each, and what stands before each window's text, such as "<s>".
+    """Token ids, int32 [1, T] for each window, and what stands before each one's text, such as "<s>".
 
-    `calibration` is None where a finished schedule was loaded.
+    `calibration` is empty where a finished schedule was loaded; `calibrated_on` is what it was made from otherwise.
     """
 
-    calibration: jax.Array | None
-    test: jax.Array
+    calibration: tuple[jax.Array, ...]
+    test: tuple[jax.Array, ...]
     prefix: str
+    prefix_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedOn:
+    """Which windows a schedule was made from: how many, of how many tokens each, and `hash_of` their ids."""
+
+    tokens: int
+    windows: int
+    sha256: str
+
+    @classmethod
+    def of(cls, windows: Sequence[jax.Array]) -> CalibratedOn:
+        """These windows, all of one length."""
+        return cls(windows[0].size, len(windows), hash_of(windows))
 
 
 def load_windows(
-    tokenizer: TextTokenizer, settings: Settings, vocab_size: int, calibrated_on: tuple[int, str] | None = None
+    tokenizer: TextTokenizer, settings: Settings, vocab_size: int, calibrated_on: CalibratedOn | None = None
 ) -> Windows:
-    """Cuts a calibration and a test window of `seq_len` tokens each.
+    """Cuts calibration and test windows of `seq_len` tokens each, consecutive and without a common token.
 
     Where the tokenizer begins every text with special tokens such as BOS, so does each window, as the model was
-    trained; they count.
+    trained; they count. The first test window is the one after the calibration part. A number of windows that was
+    asked for is kept to; a default takes what the text holds, test windows before calibration windows.
 
     Args:
       tokenizer: of the model.
-      settings: its texts and seq_len.
+      settings: its texts, seq_len and numbers of windows.
       vocab_size: of the model.
-      calibrated_on: tokens and `hash_of` the window that a loaded schedule was made from: it is not tested on.
+      calibrated_on: what a loaded schedule was made from: it is not tested on.
 
     Raises:
       InputError: a text that cannot be read or is too short, two windows of the same tokens, a tokenizer of another
         model.
     """
-    prefix, text, calib_text = list(tokenizer.prefix), settings.text, settings.calib_text
-    length = settings.seq_len - len(prefix)
+    text, calib_text = settings.text, settings.calib_text
+    length = settings.seq_len - len(tokenizer.prefix)
     if length < 1:
-        raise InputError(f"seq_len must be above {len(prefix)}, the tokens that begin every window")
+        raise InputError(f"seq_len must be above {len(tokenizer.prefix)}, the tokens that begin every window")
+    least, most = settings.calibration_windows
+    least_test, most_test = settings.test_windows
     if calibrated_on:
-        start = _end_of_calibration(tokenizer, text, *calibrated_on)
-        windows = [read_tokens(tokenizer, text, start + length)[start:]]
+        start = _end_of_calibration(tokenizer, text, calibrated_on)
+        calibration, ids = [], read_tokens(tokenizer, text, start + most_test * length)
+        test = _cut(ids[start:], text, length, least_test)
     elif calib_text is None or calib_text.resolve() == text.resolve():
-        ids = read_tokens(tokenizer, text, 2 * length)
-        windows = [ids[:length], ids[length:]]
+        ids = read_tokens(tokenizer, text, (most + most_test) * length)
+        windows = _cut(ids, text, length, least + least_test, f", {least} of them to calibrate on")
+        start = min(most, max(least, len(windows) - most_test))
+        calibration, test = windows[:start], windows[start : start + most_test]
     else:
-        windows = [read_tokens(tokenizer, path, length) for path in (calib_text, text)]
-    if windows[:-1] == windows[1:] and len(windows) == 2:
+        calibration, test = (
+            _cut(read_tokens(tokenizer, path, at_most * length), path, length, at_least)
+            for path, at_least, at_most in ((calib_text, least, most), (text, least_test, most_test))
+        )
+    _check_windows(calibration, test, settings, vocab_size)
+    calibration, test = (
+        tuple(jnp.asarray([[*tokenizer.prefix, *window]], jnp.int32) for window in windows)
+        for windows in (calibration, test)
+    )
+    return Windows(calibration, test, tokenizer.prefix_text, len(tokenizer.prefix))
+
+
+def _cut(ids: Sequence[int], path: Path, length: int, least: int, note: str = "") -> list[Sequence[int]]:
+    """The whole windows of the ids, at least `least`."""
+    windows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    if len(windows) < least:
+        raise InputError(
+            f"text {path} is too short: it holds {len(windows)} window(s) of {length} tokens, and {least} are needed"
+            f"{note}; ask for fewer --windows, a smaller --seq_len, or give another text"
+        )
+    return windows
+
+
+def _check_windows(
+    calibration: Sequence[Sequence[int]], test: Sequence[Sequence[int]], settings: Settings, vocab_size: int
+) -> None:
+    if any(window in calibration for window in test):
+        calib_text, text = settings.calib_text, settings.text
         what = "the text repeats itself" if calib_text is None else f"{calib_text} and {text} begin alike"
         raise InputError(f"the calibration and the test window are the same tokens: {what}; give another text")
-    if max(map(max, windows)) >= vocab_size:
+    if max(max(window) for window in (*calibration, *test)) >= vocab_size:
         raise InputError(f"the tokenizer makes ids above the model's vocabulary of {vocab_size}: it is another model's")
-    arrays = [jnp.asarray([prefix + window], jnp.int32) for window in windows]
-    return Windows(arrays[0] if len(arrays) == 2 else None, arrays[-1], tokenizer.prefix_text)
 
 
-def hash_of(ids: jax.Array) -> str:
-    """Hex SHA-256 of a window's ids."""
-    return hashlib.sha256(np.asarray(ids, "<i4").tobytes()).hexdigest()
+def hash_of(windows: Sequence[jax.Array]) -> str:
+    """Hex SHA-256 of the windows' ids, one after another."""
+    return hashlib.sha256(np.concatenate([np.ravel(ids) for ids in windows]).astype("<i4").tobytes()).hexdigest()
 
 
-def _end_of_calibration(tokenizer: TextTokenizer, text: Path, seq_len: int, sha256: str) -> int:
-    """Where unseen tokens of the text begin: after the calibration window if the text begins with it, otherwise at 0."""
-    length = seq_len - len(tokenizer.prefix)
-    try:
-        ids = read_tokens(tokenizer, text, length)
-    except InputError:  # shorter than the calibration window, so it cannot begin with it
+def _end_of_calibration(tokenizer: TextTokenizer, text: Path, calibrated_on: CalibratedOn) -> int:
+    """Where unseen tokens of the text begin: after the calibration part if the text begins with it, otherwise at 0."""
+    length = calibrated_on.tokens - len(tokenizer.prefix)
+    needed = length * calibrated_on.windows
+    ids = read_tokens(tokenizer, text, needed) if length > 0 else []
+    if len(ids) < needed or length < 1:
         return 0
-    return length if hash_of(np.array([[*tokenizer.prefix, *ids]])) == sha256 else 0
+    windows = [np.array([*tokenizer.prefix, *ids[start : start + length]]) for start in range(0, needed, length)]
+    return needed if hash_of(windows) == calibrated_on.sha256 else 0
 
 
-def read_tokens(tokenizer: TextTokenizer, path: Path, needed: int) -> list[int]:
-    """The first `needed` token ids of a text file, without special tokens; no more of the file is read than that takes.
+def read_tokens(tokenizer: TextTokenizer, path: Path, most: int) -> list[int]:
+    """The first `most` token ids of a text file, or all; no special tokens. No more is read than that takes.
 
     Raises:
-      InputError: the file cannot be read, is not UTF-8, or has fewer tokens.
+      InputError: the file cannot be read, or is not UTF-8.
     """
     try:
         with path.open(encoding="utf-8-sig") as file:  # a byte order mark is not part of the text
-            ids = tokenizer.encode_first(file, needed)
+            return tokenizer.encode_first(file, min(most, MOST_TOKENS))
     except UnicodeDecodeError as error:
         raise InputError(
             f"text {path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from error
     except OSError as error:
         raise InputError(f"text {path} cannot be read: {error.strerror}") from error
-    if len(ids) < needed:
-        raise InputError(f"text {path} is too short: it has {len(ids)} tokens, and {needed} are needed")
-    return ids

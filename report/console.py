@@ -10,9 +10,12 @@ import numpy as np
 
 from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, LayerPlan, tile_count
 from report.results import (
+    FAILED,
     NOTHING_DROPPED,
     SUCCESS,
     SUCCESS_PCT,
+    LimitCheck,
+    LongContext,
     Machine,
     Model,
     Quality,
@@ -20,6 +23,7 @@ from report.results import (
     Timing,
     break_even,
     count_modes,
+    layer_types,
 )
 
 RULE = "=" * 70
@@ -40,6 +44,7 @@ def configuration(settings: Any) -> str:
         rows += [
             ("Tile Size", selection.tile_size),
             budget,
+            *([("Least Tiles", selection.min_tiles)] if selection.min_tiles else []),
             ("Sink Tiles", selection.sink_tiles),
             ("Local Tiles", selection.local_tiles),
             ("Query Tile", selection.query_tile),
@@ -57,7 +62,8 @@ def describe_scheduler(settings: Any) -> str:
     if settings.scheduler == "search":
         limit = "" if settings.max_degradation is None else f", degradation under {settings.max_degradation:g}%"
         return f"search, budgets by {settings.budgets}{limit}"
-    return f"{settings.scheduler}, {settings.similarity}"
+    anchors = f", anchors {', '.join(map(str, settings.anchor_layers))}" if settings.anchor_layers else ""
+    return f"{settings.scheduler}, {settings.similarity}{anchors}"
 
 
 def describe_budget(settings: Any) -> str:
@@ -67,7 +73,10 @@ def describe_budget(settings: Any) -> str:
     if settings.scheduler == "search":
         return f"searched budgets by {settings.budgets}"
     selection = settings.selection
-    return f"Top-K {selection.top_k}" if selection.density is None else f"density {selection.density:g}"
+    if selection.density is None:
+        return f"Top-K {selection.top_k}"
+    least = f" (at least {selection.min_tiles} tiles)" if selection.min_tiles else ""
+    return f"density {selection.density:g}{least}"
 
 
 def describe_timing(settings: Any, machine: Machine) -> str:
@@ -101,7 +110,7 @@ def schedule(plans: Sequence[LayerPlan], settings: Any) -> str:
         lines.append(f"  Layer {layer}: {plan.mode}{target} ({plan.reason})")
     reused = count_modes(plans)[REUSE]
     lines += ["", f"📋 Final Schedule: {reused} REUSE, {len(plans) - reused} ANCHOR/DENSE", ""]
-    return "\n".join(lines) + "\n" + strip(plans)
+    return "\n".join(lines) + "\n" + strip(plans) + f"\n   Full or shared: {layer_types(plans)}\n"
 
 
 def strip(plans: Sequence[LayerPlan], per_row: int = 12) -> str:
@@ -149,7 +158,7 @@ def count_tokens(tiles_C: np.ndarray, tile_size: int, seq_len: int) -> int:
     return int(np.sum(np.minimum(tile_size, seq_len - used * tile_size)))
 
 
-def quality(quality: Quality, asked_density: float | None = None) -> str:
+def quality(quality: Quality, settings: Any) -> str:
     """The results section; the verdict fails as plainly as it passes."""
     lines = [
         RULE,
@@ -158,34 +167,104 @@ def quality(quality: Quality, asked_density: float | None = None) -> str:
         "",
         f"   Dense Perplexity:  {quality.dense_perplexity:.4f}",
         f"   Sparse Perplexity: {quality.sparse_perplexity:.4f}",
-        f"   Degradation:       {quality.degradation_pct:+.4f}%",
+        *degradation(quality),
+        *divergence(quality),
         f"   Density:           {quality.density:.2%} of the causal (query tile, key tile) pairs,",
         "                      counted over all layers",
     ]
-    if asked_density is not None:
+    asked = settings.selection.density
+    if asked is not None and not settings.load_schedule:
         lines.append(
-            f"                      (asked for {asked_density:.0%} in sparse layers: layer 0 is dense, and own, sink\n"
+            f"                      (asked for {asked:.0%} in sparse layers: layer 0 is dense, and own, sink\n"
             "                      and local tiles are always kept)"
         )
     lines += [
         "   (Rows of one query tile share their choice of tiles: later rows help to choose",
         "   for earlier ones.)",
         "",
+        *verdict(quality, settings),
     ]
-    if quality.verdict == NOTHING_DROPPED:
-        lines.append("⚠️  Nothing was dropped: Top-K covers all tiles. Lower --top_k, or raise --seq_len.")
-    elif quality.verdict == SUCCESS:
-        lines.append(f"✅✅✅ SUCCESS! <{SUCCESS_PCT:.0f}% degradation achieved!")
-    else:
-        lines.append(f"❌ FAILED: degradation {quality.degradation_pct:+.2f}% is not under {SUCCESS_PCT:.0f}%.")
     return "\n".join(lines) + "\n"
 
 
-def limit_kept(calibration_pct: float, quality: Quality, limit: float) -> str:
+def degradation(quality: Quality) -> list[str]:
+    """The change of perplexity with both of its standard errors, and the interval where there are several windows."""
+    text = f"   Degradation:       {quality.degradation_pct:+.4f}%"
+    errors = [(quality.se_windows, f"{quality.windows} windows"), (quality.se_tokens, f"{quality.predictions} tokens")]
+    errors = [f"± {100 * error:.2f} over {what}" for error, what in errors if error is not None]
+    lines = [f"{text} {', '.join(errors)}".rstrip()]
+    if errors:
+        lines.append("                      (standard errors; tokens are not independent, so theirs is too small)")
+    if quality.interval_pct:
+        low, high = quality.interval_pct
+        lines.append(
+            f"                      95% interval {low:+.2f}% to {high:+.2f}% (Student's t, {quality.windows} windows)"
+        )
+    return lines
+
+
+def divergence(quality: Quality) -> list[str]:
+    """KL divergence from dense, the likeliest token, and the right token's probability."""
+    kl, top1_error = quality.kl, quality.same_top1_se
+    correlation = "" if quality.correlation is None else f"correlation {quality.correlation:.4f}, "
+    return [
+        f"   KL from Dense:     {kl.mean:.5f}{'' if kl.se is None else f' ± {kl.se:.5f}'} nats a token; median "
+        f"{kl.median:.5f},",
+        f"                      90% {kl.p90:.4f}, 99% {kl.p99:.4f}, 99.9% {kl.p999:.4f}, largest {kl.max:.4f}",
+        f"   Same Top-1 Token:  {quality.same_top1:.2%}{'' if top1_error is None else f' ± {100 * top1_error:.2f}'}",
+        f"   Right Token:       {correlation}RMS change of its probability {quality.rms_dp:.2%}",
+    ]
+
+
+def verdict(quality: Quality, settings: Any) -> list[str]:
+    """Whether the loss is under SUCCESS_PCT as far as its error lets one say, and what to try if it is not."""
+    limit, loss = f"{SUCCESS_PCT:.0f}%", f"{quality.degradation_pct:+.2f}%"
+    if quality.verdict == NOTHING_DROPPED:
+        return ["⚠️  Nothing was dropped: Top-K covers all tiles. Lower --top_k, or raise --seq_len."]
+    if quality.verdict == SUCCESS:
+        return [f"✅✅✅ SUCCESS! <{limit} degradation achieved!"]
+    if quality.verdict == FAILED:
+        return [f"❌ FAILED: degradation {loss} is not under {limit}.", advice(quality, settings)]
+    needed = quality.windows_needed
+    more = "" if needed is None else f"; about {needed} probably could (--windows)"
+    windows = "1 window" if quality.windows == 1 else f"{quality.windows} windows"
+    return [
+        f"⚠️  UNDECIDED: degradation {loss}, and {windows} cannot tell whether it is under {limit}{more}.",
+        advice(quality, settings),
+    ]
+
+
+def advice(quality: Quality, settings: Any) -> str:
+    """What to try next, and its cost in density. Tiles of 8 tokens are for a CPU: kernels want larger ones."""
+    density = quality.advised_density(searched=settings.scheduler == "search")
+    tiles = " --tile_size 8 --query_tile 8" if settings.device == "cpu" else ""
+    return (
+        f"   Try --scheduler search{tiles} --density {density:.2f} ({density:.0%} of the tiles\n"
+        f"   in sparse layers, {quality.sparse_density:.0%} now), which probably loses about {SUCCESS_PCT / 2:.0f}%."
+        if density < 1
+        else "   Try a larger --top_k or --density: nearly every tile is needed here."
+    )
+
+
+def long_context(found: LongContext) -> str:
+    """Perplexity over the tokens that need the long context."""
+    values = found.to_json()
+    if not found.tokens:
+        return "   LongPPL: no token of the test windows needs more context than the short one.\n"
+    error = "" if values["se_tokens"] is None else f" ± {100 * values['se_tokens']:.2f}"
+    return (
+        f"   LongPPL: {values['dense_perplexity']:.4f} dense, {values['sparse_perplexity']:.4f} sparse, "
+        f"{values['degradation_pct']:+.2f}%{error},\n"
+        f"   over the {found.tokens} tokens that need a long context\n"
+    )
+
+
+def limit_kept(check: LimitCheck, quality: Quality, limit: float) -> str:
     """What became of --max_degradation."""
     return (
-        f"   Degradation on the calibration text {calibration_pct:+.2f}%, asked for under {limit:g}%;\n"
-        f"   on the unseen text {quality.degradation_pct:+.2f}%.\n"
+        f"   Degradation on {len(check.delta_log_ppl)} held-out calibration windows {check.mean_pct:+.2f}%, at most "
+        f"{check.upper_pct:+.2f}% (95% confidence),\n"
+        f"   asked for under {limit:g}%; on the unseen text {quality.degradation_pct:+.2f}%.\n"
     )
 
 

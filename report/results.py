@@ -11,14 +11,25 @@ import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan
+import numpy as np
+
+from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, perplexity_of
+from llama_model import Comparison
+from report.statistics import correlation, standard_error, standard_error_of_share, student_quantile
 
 FORMAT_VERSION = 2  # of the JSON report
 SUCCESS_PCT = 2.0  # a degradation under it is a success
-SUCCESS, FAILED, NOTHING_DROPPED = "success", "failed", "nothing dropped"
+SUCCESS, FAILED, UNDECIDED, NOTHING_DROPPED = "success", "failed", "undecided", "nothing dropped"
+
+# What to try after a loss, measured at 2048 tokens on 12 articles (docs/quality.md): at a density of 18 % the threshold
+# rule loses 4.7 %, the search with tiles and query tiles of 8 tokens 1.8 %; the search with tiles of 8 loses 2.07 % at
+# 18 % and 0.37 % at 30 %, so about the density to the power -3.4.
+SEARCH_GAIN = 2.6
+DENSITY_POWER = 3.4
 
 
 def degradation_pct(dense_perplexity: float, sparse_perplexity: float) -> float:
@@ -26,26 +37,234 @@ def degradation_pct(dense_perplexity: float, sparse_perplexity: float) -> float:
     return (sparse_perplexity / dense_perplexity - 1) * 100
 
 
-@dataclasses.dataclass(frozen=True)
-class Quality:
-    """Dense against sparse on the test text; `density` is counted, the mean over all layers."""
+def change_pct(delta_log_ppl: float) -> float:
+    """The same from the change of the log perplexity; infinite where that overflows."""
+    return math.expm1(delta_log_ppl) * 100 if delta_log_ppl < 700 else math.inf
 
-    dense_perplexity: float
-    sparse_perplexity: float
-    predictions: int
-    density: float
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """KL divergence from dense over all tokens, nats; percentiles interpolate, as llama-perplexity's do."""
+
+    mean: float
+    se: float | None  # over tokens
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    p999: float
+    max: float
+
+    @classmethod
+    def of(cls, kl: np.ndarray) -> Divergence:
+        """From the divergence of each token."""
+        quantiles = np.quantile(kl, (0.5, 0.9, 0.95, 0.99, 0.999, 1))
+        return cls(float(kl.mean()), standard_error(kl), *map(float, quantiles))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quality:
+    """Dense against sparse on the test windows.
+
+    Every difference is paired: token by token, so that what makes a token hard for both arms cancels.
+
+    Attributes:
+      compared: for each window what each of its tokens lost, arrays [T - 1] on the host, T the same for all.
+      layer_densities: counted, of each layer; 1 where it is dense.
+    """
+
+    compared: Sequence[Comparison]
+    layer_densities: Sequence[float]
+
+    @property
+    def windows(self) -> int:
+        """How many windows were tested."""
+        return len(self.compared)
+
+    @cached_property
+    def tokens(self) -> Comparison:
+        """The tokens of all windows in a row."""
+        return Comparison(*map(np.concatenate, zip(*self.compared, strict=True)))
+
+    @property
+    def predictions(self) -> int:
+        """How many tokens were predicted, in all windows."""
+        return self.tokens.kl.size
+
+    @property
+    def density(self) -> float:
+        """The mean over all layers."""
+        return float(np.mean(self.layer_densities))
+
+    @property
+    def sparse_density(self) -> float:
+        """The mean over the layers that drop something; 1 where none does."""
+        dropping = [density for density in self.layer_densities if density < 1]
+        return float(np.mean(dropping)) if dropping else 1.0
+
+    @property
+    def dense_perplexity(self) -> float:
+        """Over all windows."""
+        return perplexity_of(self.tokens.dense_nll)
+
+    @property
+    def sparse_perplexity(self) -> float:
+        """Over all windows."""
+        return perplexity_of(self.tokens.sparse_nll)
 
     @property
     def degradation_pct(self) -> float:
         """Percent, signed."""
         return degradation_pct(self.dense_perplexity, self.sparse_perplexity)
 
+    @cached_property
+    def delta_log_ppl(self) -> float:
+        """Change of the log perplexity: the mean of the tokens' differences, nats."""
+        return float(np.mean(self.tokens.sparse_nll - self.tokens.dense_nll))
+
+    @cached_property
+    def se_tokens(self) -> float | None:
+        """Standard error of `delta_log_ppl` over tokens, as if they were independent; None for one token."""
+        return standard_error(self.tokens.sparse_nll - self.tokens.dense_nll)
+
+    @cached_property
+    def se_windows(self) -> float | None:
+        """Standard error of `delta_log_ppl` over the windows' means; None for one window."""
+        return standard_error(np.array([np.mean(window.sparse_nll - window.dense_nll) for window in self.compared]))
+
+    @property
+    def interval_pct(self) -> tuple[float, float] | None:
+        """The 95 % interval of the degradation by Student's t over windows; None for one window."""
+        if self.se_windows is None:
+            return None
+        reach = student_quantile(0.975, self.windows - 1) * self.se_windows
+        return change_pct(self.delta_log_ppl - reach), change_pct(self.delta_log_ppl + reach)
+
+    @property
+    def margin(self) -> float:
+        """Two standard errors of `delta_log_ppl`, the larger of both: few windows can agree by chance."""
+        errors = [error for error in (self.se_tokens, self.se_windows) if error is not None]
+        return 2 * max(errors, default=math.inf)
+
+    @cached_property
+    def kl(self) -> Divergence:
+        """KL(dense || sparse)."""
+        return Divergence.of(self.tokens.kl)
+
+    @property
+    def same_top1(self) -> float:
+        """Share of the tokens whose likeliest prediction is the same."""
+        return float(self.tokens.same_top1.mean())
+
+    @property
+    def same_top1_se(self) -> float | None:
+        """Standard error of `same_top1` over tokens."""
+        return standard_error_of_share(self.same_top1, self.predictions)
+
+    @property
+    def correlation(self) -> float | None:
+        """Pearson's, of the tokens' two log likelihoods."""
+        return correlation(self.tokens.dense_nll, self.tokens.sparse_nll)
+
+    @property
+    def rms_dp(self) -> float:
+        """Root mean square change of the right token's probability, in [0, 1]."""
+        change = np.exp(-self.tokens.sparse_nll) - np.exp(-self.tokens.dense_nll)
+        return float(np.sqrt(np.mean(change**2)))
+
     @property
     def verdict(self) -> str:
-        """SUCCESS, FAILED, or NOTHING_DROPPED where both arms computed the same."""
+        """SUCCESS or FAILED where the degradation is two standard errors away from SUCCESS_PCT, otherwise UNDECIDED.
+
+        NOTHING_DROPPED where both arms computed the same.
+        """
         if self.density == 1:
             return NOTHING_DROPPED
-        return SUCCESS if self.degradation_pct < SUCCESS_PCT else FAILED
+        if change_pct(self.delta_log_ppl + self.margin) < SUCCESS_PCT:
+            return SUCCESS
+        return UNDECIDED if change_pct(self.delta_log_ppl - self.margin) <= SUCCESS_PCT else FAILED
+
+    @property
+    def windows_needed(self) -> int | None:
+        """How many windows could probably decide: the standard error falls as 1 / sqrt(windows). None if unknown."""
+        gap = abs(math.log1p(SUCCESS_PCT / 100) - self.delta_log_ppl)
+        if not 0 < gap < math.inf or math.isinf(self.margin):
+            return None
+        return max(math.ceil(self.windows * (self.margin / gap) ** 2), self.windows + 1)
+
+    def advised_density(self, searched: bool) -> float:
+        """Of the sparse layers, at which a search would probably lose half of SUCCESS_PCT; never less than now.
+
+        `searched` says that the schedule came from a search already.
+        """
+        loss = self.degradation_pct / (1 if searched else SEARCH_GAIN) / (SUCCESS_PCT / 2)
+        return min(self.sparse_density * max(loss, 1.0) ** (1 / DENSITY_POWER), 1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report's "quality"."""
+        names = ("windows", "dense_perplexity", "sparse_perplexity", "degradation_pct", "delta_log_ppl")
+        names += ("se_tokens", "se_windows", "interval_pct", "same_top1", "same_top1_se", "correlation", "rms_dp")
+        values = {name: getattr(self, name) for name in names}
+        values |= {"tokens": self.predictions, "kl": dataclasses.asdict(self.kl), "verdict": self.verdict}
+        return values | {"by_window": [_window_to_json(window) for window in self.compared]}
+
+
+def _window_to_json(window: Comparison) -> dict[str, float]:
+    return {
+        "dense_perplexity": perplexity_of(window.dense_nll),
+        "sparse_perplexity": perplexity_of(window.sparse_nll),
+        "delta_log_ppl": float(np.mean(window.sparse_nll - window.dense_nll)),
+        "kl": float(window.kl.mean()),
+        "same_top1": float(window.same_top1.mean()),
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LongContext:
+    """Losses, nats, of the tokens that need a long context (`measure.quality.long_context_loss`)."""
+
+    dense_nll: np.ndarray
+    sparse_nll: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """How many there are; without any there is no figure."""
+        return self.dense_nll.size
+
+    def to_json(self) -> dict[str, Any]:
+        """The report's "long_ppl"."""
+        if not self.tokens:
+            return {"tokens": 0}
+        dense, sparse = perplexity_of(self.dense_nll), perplexity_of(self.sparse_nll)
+        return {
+            "tokens": self.tokens,
+            "dense_perplexity": dense,
+            "sparse_perplexity": sparse,
+            "degradation_pct": degradation_pct(dense, sparse),
+            "se_tokens": standard_error(self.sparse_nll - self.dense_nll),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitCheck:
+    """What a schedule made for --max_degradation cost on calibration windows that it was not made from.
+
+    Attributes:
+      delta_log_ppl: change of the log perplexity on each, nats; at least two.
+    """
+
+    delta_log_ppl: tuple[float, ...]
+
+    @property
+    def mean_pct(self) -> float:
+        """Degradation over all of them."""
+        return change_pct(float(np.mean(self.delta_log_ppl)))
+
+    @property
+    def upper_pct(self) -> float:
+        """The degradation that the true one is under with 95 % confidence, by Student's t over windows."""
+        reach = student_quantile(0.95, len(self.delta_log_ppl) - 1) * standard_error(np.array(self.delta_log_ppl))
+        return change_pct(float(np.mean(self.delta_log_ppl)) + reach)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +362,8 @@ class Results:
       date: UTC, ISO 8601.
       command: the command line.
       prefix: what stands before the text of every window, such as "<s>".
-      calibration_pct: degradation on the calibration text, where a limit was asked for.
+      limit_check: of the schedule, where a limit was asked for.
+      long_context: with --long_ppl.
       attention_ms: samples of one layer's attention by kind: dense, selection, anchor, reuse.
     """
 
@@ -154,12 +374,13 @@ class Results:
     machine: Machine
     prefix: str
     schedule: Sequence[Layer]
-    calibration_pct: float | None
+    limit_check: LimitCheck | None
     quality: Quality
     timing: Timing
     attention_ms: Mapping[str, Sequence[float]]
     sweep: Sequence[SweepRow] = ()
     peak_memory_bytes: int | None = None
+    long_context: LongContext | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as --json writes it."""
@@ -173,13 +394,17 @@ class Results:
             "versions": versions(),
             "config": settings_to_json(self.settings),
             "prefix": self.prefix,
+            "layer_types": layer_types([layer.plan for layer in self.schedule]),
             "schedule": [_layer_to_json(i, layer) for i, layer in enumerate(self.schedule)],
             "dense": {"perplexity": quality.dense_perplexity, "compile_s": timing.dense_compile_s},
             "sparse": {"perplexity": quality.sparse_perplexity, "compile_s": timing.sparse_compile_s},
             "degradation_pct": quality.degradation_pct,
-            "calibration_degradation_pct": self.calibration_pct,
+            "calibration_degradation_pct": self.limit_check and self.limit_check.mean_pct,
+            "calibration_upper_pct": self.limit_check and self.limit_check.upper_pct,
             "density": quality.density,
             "verdict": quality.verdict,
+            "quality": quality.to_json(),
+            "long_ppl": self.long_context and self.long_context.to_json(),
             "timing": {
                 "dense_ms": list(timing.dense_ms),
                 "sparse_ms": list(timing.sparse_ms),
@@ -208,6 +433,11 @@ def settings_to_json(settings: Any) -> dict[str, Any]:
 def count_modes(plans: Sequence[LayerPlan]) -> dict[str, int]:
     """How many layers are DENSE, ANCHOR and REUSE."""
     return {mode: sum(plan.mode == mode for plan in plans) for mode in (DENSE, ANCHOR, REUSE)}
+
+
+def layer_types(plans: Sequence[LayerPlan]) -> str:
+    """A letter a layer, as serving engines take a schedule: F (full) chooses for itself, S (shared) reuses."""
+    return "".join("S" if plan.mode == REUSE else "F" for plan in plans)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,14 +19,22 @@ REQUIRED = object()  # the default of a field that has none
 
 
 @contextlib.contextmanager
-def in_file(path: Path | str) -> Iterator[None]:
-    """Puts `path` before every InputError from within, and turns a failure to read it into one."""
+def reading(path: Path | str) -> Iterator[None]:
+    """Turns a failure of the system to read `path` into an InputError."""
     try:
         yield
-    except InputError as error:
-        raise type(error)(f"{path}: {error}") from error
     except OSError as error:
         raise InputError(f"{error.filename or path} cannot be read ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def in_file(path: Path | str) -> Iterator[None]:
+    """Puts `path` before every InputError from within, and turns a failure to read it into one."""
+    with reading(path):
+        try:
+            yield
+        except InputError as error:
+            raise type(error)(f"{path}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import glob
 import hashlib
 import json
 import math
@@ -29,7 +28,7 @@ import numpy as np
 
 from errors import InputError, quote
 from weights.config import LlamaConfig, chunk_shapes
-from weights.fields import Fields, in_file, read_json
+from weights.fields import Fields, in_file, read_json, reading
 
 try:
     import fcntl
@@ -114,8 +113,9 @@ def read_manifest(folder: Path) -> Manifest:
         another version, or lists other chunks, or chunks of other sizes, than its config needs.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        raise InputError(_why_no_manifest(folder))
+    with reading(folder):
+        if not path.is_file():
+            raise InputError(_why_no_manifest(folder))
     values = Fields(read_json(path))
     with in_file(path):
         version = values.integer("format_version", low=0)
@@ -151,9 +151,8 @@ def _manifest(values: Fields) -> Manifest:
         raise values.refused("dtype", f"one of {', '.join(DTYPES)}")
     config = LlamaConfig.from_dict(values.object("config"))
     chunks, shapes = values.within("chunks"), chunk_shapes(config)
-    if chunks.values.keys() != shapes.keys():
-        odd = sorted(chunks.values.keys() ^ shapes.keys())[0]
-        raise InputError(f"lists other chunks than its config needs: {quote(odd)} is only in one of the two")
+    if unknown := sorted(chunks.values.keys() - shapes.keys()):
+        raise InputError(f"lists the chunk {quote(unknown[0])}, which its config does not need")
     for name, shape in shapes.items():
         _check_entry(chunks.within(name), count_scalars(shape) * DTYPES[dtype].itemsize)
     tokenizer = values.within("tokenizer")
@@ -486,13 +485,18 @@ def _locked(path: Path, waiting: Callable[[], None]) -> BinaryIO:
         file.close()
 
 
+def leftovers(output: Path) -> list[Path]:
+    """The temporary folders beside `output`: of a process that is at work or was killed."""
+    pattern = re.compile(rf"\.{re.escape(output.name)}\.(new|old)-\d+")
+    return sorted(path for path in output.parent.glob(".*") if pattern.fullmatch(path.name))
+
+
 def _remove_leftovers(output: Path) -> None:
     """Removes the temporary folders of conversions that were killed, and puts back an old folder that one had moved."""
-    for path in sorted(output.parent.glob(f".{glob.escape(output.name)}.*-*")):
-        kind = path.name.removeprefix(f".{output.name}.")
-        if re.fullmatch(r"old-\d+", kind) and not output.exists():
+    for path in leftovers(output):
+        if ".old-" in path.name and not output.exists():
             path.rename(output)
-        elif re.fullmatch(r"(old|new)-\d+", kind):
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -527,7 +531,9 @@ def _sentence_for(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"disk full, {output} is as it was; free some space, or give another --output") from error
-        reason = f"{error.strerror or error}: {error.filename or output.parent}"
+        where = Path(error.filename or output.parent)
+        where = where.parent if where.name.startswith(f".{output.name}.") else where  # not a temporary folder
+        reason = f"{error.strerror or error}: {where}"
         raise InputError(f"cannot make {output} ({reason}); give an --output that you may write to") from error
 
 

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from errors import InputError, UnsupportedError, quote
+from weights.fields import Fields
 from weights.text_tokenizer import (
     TextTokenizer,
     add_tokens,
@@ -23,6 +23,7 @@ from weights.text_tokenizer import (
 )
 
 PREFIX = "tokenizer.ggml."
+LLAMA_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # of a llama vocabulary that does not name them
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # GGUF's token types that are found in a text as they are
 DIGIT, DIGITS, THREE = r"\p{N}", r"\p{N}+", r"[0-9][0-9][0-9]"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -97,126 +98,98 @@ def from_gguf(metadata: Mapping[str, Any], vocab_size: int) -> TextTokenizer:
       InputError: metadata that is missing or of a wrong kind, or more tokens than the model has.
       UnsupportedError: a kind of vocabulary, or a way of cutting text, that is not known here.
     """
-    file = _Fields(metadata)
-    model = file.read("model", str)
+    fields = Fields({key.removeprefix(PREFIX): value for key, value in metadata.items()}, PREFIX)
+    model, warnings = fields.text("model"), []
     if model not in ("gpt2", "llama"):
         raise UnsupportedError(f"{PREFIX}model {quote(model)} is not supported; gpt2 and llama are")
-    tokens = _read_tokens(file, vocab_size)
-    tokenizer, name, add_bos = (_byte_level if model == "gpt2" else _sentencepiece)(file, tokens)
-    _add_listed_tokens(tokenizer, file, tokens)
-    bos = file.named_token("bos", tokens, needed=file.read("add_bos_token", bool, add_bos))
-    eos = file.named_token("eos", tokens, needed=file.read("add_eos_token", bool, False))
-    set_template(tokenizer, bos, eos)
-    return checked(tokenizer, f"the GGUF file's tokenizer ({name})", vocab_size, file.warnings)
+    tokens = _read_tokens(fields, vocab_size)
+    tokenizer, name, add_bos = (_byte_level if model == "gpt2" else _sentencepiece)(fields, tokens, warnings)
+    ends = {}
+    for key, default in (("bos", add_bos), ("eos", False)):
+        needed = fields.boolean(f"add_{key}_token", default)
+        token = _named_token(fields, key, tokens, LLAMA_IDS if model == "llama" else {}, needed, warnings)
+        ends[key] = token if needed else None
+        if token is not None:
+            add_tokens(tokenizer, [token])
+    _add_listed_tokens(tokenizer, fields, tokens)
+    set_template(tokenizer, ends["bos"], ends["eos"])
+    return checked(tokenizer, f"the GGUF file's tokenizer ({name})", vocab_size, warnings)
 
 
-class _Fields:
-    """The checked metadata of a tokenizer, and the warnings that come up on the way."""
+def _named_token(
+    fields: Fields, name: str, tokens: list[str], defaults: Mapping[str, int], needed: bool, warnings: list[str]
+) -> str | None:
+    """The token that bos, eos or unknown names. An id out of range is an error if needed, else a warning."""
+    key = f"{name}_token_id"
+    number = fields.integer(key, low=0, default=defaults.get(name))
+    if number is not None and number < len(tokens):
+        return tokens[number]
+    if number is not None:
+        problem = f"{PREFIX}{key} must be below the number of tokens, {len(tokens)}, got {quote(number)}"
+        if needed:
+            raise InputError(problem)
+        warnings.append(f"{problem}; it is not used")
+    elif needed:
+        raise InputError(f"{PREFIX}{key} is missing, and each text is to have that token")
+    return None
 
-    def __init__(self, metadata: Mapping[str, Any]):
-        self.metadata = metadata
-        self.defaults: dict[str, int] = {}  # ids of special tokens that the file does not name
-        self.warnings: list[str] = []
 
-    def read(self, key: str, kind: type, default: Any = None) -> Any:
-        """A value of one kind. Raises InputError for another kind, or if there is neither value nor default."""
-        value = self.metadata.get(PREFIX + key)
-        if value is None:
-            if default is None:
-                raise InputError(f"GGUF metadata {PREFIX}{key} is missing")
-            return default
-        if isinstance(value, np.generic):
-            value = value.item()
-        if type(value) is not kind:
-            raise InputError(f"GGUF metadata {PREFIX}{key} must be {_KINDS[kind]}, got {quote(value)}")
-        return value
-
-    def read_list(self, key: str, kinds: tuple[type, ...], length: int | None = None) -> list[Any] | None:
-        """A list, of `length` or more values if given, or None. Raises InputError for anything else."""
-        value = self.metadata.get(PREFIX + key)
-        if value is None:
-            return None
-        value = value.tolist() if isinstance(value, np.ndarray) else value
-        if not isinstance(value, list | tuple) or not all(type(item) in kinds for item in value):
-            raise InputError(f"GGUF metadata {PREFIX}{key} must be a list of {_KINDS[kinds[0]]}s, got {quote(value)}")
-        if length is not None and len(value) < length:
-            raise InputError(f"GGUF metadata {PREFIX}{key} has {len(value)} values, expected one for each of {length}")
-        return list(value)
-
-    def named_token(self, name: str, tokens: list[str], needed: bool) -> str | None:
-        """The token that bos, eos or unknown names, if it is needed; an unneeded id out of range is a warning."""
-        key = f"{name}_token_id"
-        number = self.read(key, int, self.defaults.get(name, -1))
-        if 0 <= number < len(tokens):
-            return tokens[number] if needed else None
-        if PREFIX + key in self.metadata:
-            problem = f"GGUF metadata {PREFIX}{key} is {quote(number)}, expected an id below {len(tokens)}"
-            if needed:
-                raise InputError(problem)
-            self.warnings.append(f"{problem}; it is not used")
-        elif needed:
-            raise InputError(f"GGUF metadata {PREFIX}{key} is missing, and {name.upper()} is part of every text")
+def _list(fields: Fields, name: str, kinds: tuple[type, ...], length: int) -> list[Any] | None:
+    """A list of numbers of some kinds, at least `length`, or None. Raises InputError."""
+    values = fields.values.get(name)
+    if values is None:
         return None
+    if not isinstance(values, list) or not all(type(value) in kinds and value == value for value in values):
+        raise fields.refused(name, f"a list of {'numbers' if float in kinds else 'whole numbers'}")
+    if len(values) < length:
+        raise InputError(f"{PREFIX}{name} has {len(values)} values, expected one for each of {length} tokens")
+    return values
 
 
-_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
-
-
-def _read_tokens(file: _Fields, vocab_size: int) -> list[str]:
-    tokens = file.read_list("tokens", (str,))
-    if not tokens:
-        raise InputError(f"GGUF metadata {PREFIX}tokens is missing")
+def _read_tokens(fields: Fields, vocab_size: int) -> list[str]:
+    tokens = fields.texts("tokens")
     if len(tokens) > vocab_size:
         raise InputError(f"the GGUF tokenizer has {len(tokens)} tokens, expected at most the model's {vocab_size}")
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
     ids: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if ids.setdefault(token, i) != i:
-            raise InputError(f"GGUF metadata {PREFIX}tokens has {quote(token)} twice, as {ids[token]} and {i}")
+            raise InputError(f"{PREFIX}tokens has {quote(token)} twice, as {ids[token]} and {i}")
     return tokens
 
 
-def _byte_level(file: _Fields, tokens: list[str]) -> tuple[Tokenizer, str, bool]:
+def _byte_level(fields: Fields, tokens: list[str], warnings: list[str]) -> tuple[Tokenizer, str, bool]:
     """The tokenizer of a gpt2 vocabulary, its pre-tokenizer's name, and whether BOS is added if nothing says so."""
-    name = file.read("pre", str, "default")
+    name = fields.text("pre", "default")
     if name not in PRE_TOKENIZERS:
         supported = ", ".join(PRE_TOKENIZERS)
         raise UnsupportedError(f"GGUF pre-tokenizer {quote(name)} is not supported; {supported} are")
     if name == "default":
-        file.warnings.append(
+        warnings.append(
             f"the GGUF file does not name its pre-tokenizer ({PREFIX}pre): llama.cpp's default is used, and a "
             "vocabulary made for another, as LLaMA 3's is, gives other ids than in training, hence a worse perplexity"
         )
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges = file.read_list("merges", (str,))
-    if merges is None:
-        raise InputError(f"GGUF metadata {PREFIX}merges is missing")
     rule = PRE_TOKENIZERS[name]
-    pairs = parse_merges(merges, vocab, f"GGUF metadata {PREFIX}merges")
-    build = call_library("the GGUF vocabulary", byte_level_tokenizer, vocab, pairs, rule.splits, rule.ignore_merges)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = parse_merges(fields.texts("merges"), vocab, f"{PREFIX}merges")
+    build = call_library("the GGUF vocabulary", byte_level_tokenizer, vocab, merges, rule.splits, rule.ignore_merges)
     return build, name, rule.add_bos
 
 
-def _sentencepiece(file: _Fields, tokens: list[str]) -> tuple[Tokenizer, str, bool]:
+def _sentencepiece(fields: Fields, tokens: list[str], warnings: list[str]) -> tuple[Tokenizer, str, bool]:
     """The same for a llama vocabulary: a SentencePiece BPE whose merges are those that make the best-scored token."""
-    scores = file.read_list("scores", (float, int), len(tokens))
+    scores = _list(fields, "scores", (float, int), len(tokens))
     if scores is None:
-        raise InputError(f"GGUF metadata {PREFIX}scores is missing")
-    if any(score != score for score in scores):
-        raise InputError(f"GGUF metadata {PREFIX}scores has NaN in it")
-    file.defaults = {"bos": 1, "eos": 2, "unknown": 0}
-    unknown = file.named_token("unknown", tokens, needed=True)
-    space = file.read("add_space_prefix", bool, True)
+        raise InputError(f"{PREFIX}scores is missing; expected a list of numbers")
+    unknown = _named_token(fields, "unknown", tokens, LLAMA_IDS, True, warnings)
+    space = fields.boolean("add_space_prefix", True)
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = derive_merges(dict(zip(tokens, scores)))
     return call_library("the GGUF vocabulary", sentencepiece_bpe, vocab, merges, unknown, space), "llama", True
 
 
-def _add_listed_tokens(tokenizer: Tokenizer, file: _Fields, tokens: list[str]) -> None:
-    """Control, unknown and user-defined tokens are found in a text as they are; BOS and EOS are control tokens."""
-    types = file.read_list("token_type", (int,), len(tokens)) or []
-    ends = [file.metadata.get(f"{PREFIX}{name}_token_id", -1) for name in ("bos", "eos")]
-    ends = [tokens[i] for i in ends if type(i) is int and 0 <= i < len(tokens)]
+def _add_listed_tokens(tokenizer: Tokenizer, fields: Fields, tokens: list[str]) -> None:
+    """Control, unknown and user-defined tokens are found in a text as they are."""
+    types = _list(fields, "token_type", (int,), len(tokens)) or []
     special = [token for token, kind in zip(tokens, types) if kind in (UNKNOWN, CONTROL)]
-    plain = [token for token, kind in zip(tokens, types) if kind == USER_DEFINED and token not in ends]
-    add_tokens(tokenizer, [*special, *ends], plain)
+    add_tokens(tokenizer, special, [token for token, kind in zip(tokens, types) if kind == USER_DEFINED])

@@ -23,7 +23,7 @@ from weights.text_tokenizer import (
     set_template,
 )
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of a piece; 5 is unused
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of a piece; 5 is unused, 6 a byte
 UNIGRAM, BPE = 1, 2  # types of a model
 UNKNOWN_PENALTY = 10.0  # below the lowest score; so do both libraries
 
@@ -52,8 +52,8 @@ def sentencepiece_tokenizer(path: Path, data: bytes) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor  # only these files need it
 
     try:
-        reference = SentencePieceProcessor(model_proto=data)
         model = read_model(data)
+        reference = SentencePieceProcessor(model_proto=data)
     except (RuntimeError, ValueError, struct.error) as error:
         raise InputError(f"{path} is neither a SentencePiece model nor LLaMA 3's ranked tokens") from error
     if model.kind not in (UNIGRAM, BPE) or model.suffix_spaces:
@@ -97,11 +97,14 @@ def rebuild(model: Model) -> Tokenizer:
 def _unigram_scores(model: Model) -> list[tuple[str, float]]:
     """SentencePiece never takes control and byte pieces from a text, and a user-defined one whenever it is there."""
     normal = [score for _, score, kind in model.pieces if kind == NORMAL]
-    best, worst = max(normal, default=0.0), min(normal, default=0.0)
-    return [
-        (text, score if kind == NORMAL else len(text) * best - 0.1 if kind == USER_DEFINED else worst - UNKNOWN_PENALTY)
-        for text, score, kind in model.pieces
-    ]
+    best, never = max([0.0, *normal]), min([0.0, *normal]) - UNKNOWN_PENALTY
+
+    def score_of(text: str, score: float, kind: int) -> float:
+        if kind == USER_DEFINED:
+            return len(text.encode()) * best - 0.1
+        return score if kind == NORMAL else never
+
+    return [(text, score_of(text, score, kind)) for text, score, kind in model.pieces]
 
 
 def _normalizer(model: Model) -> normalizers.Normalizer:
@@ -114,16 +117,22 @@ def _normalizer(model: Model) -> normalizers.Normalizer:
 
 
 def _compare(path: Path, tokenizer: Tokenizer, reference: Any, model: Model) -> None:
-    """Raises UnsupportedError where the rebuilt tokenizer gives a text other ids than SentencePiece."""
-    special = [text for text, _, kind in model.pieces if kind == USER_DEFINED][:100]
+    """Raises UnsupportedError where the rebuilt tokenizer gives a text other ids than SentencePiece.
+
+    The texts are PROBE, its lines, and every piece, between user-defined ones if there are any.
+    """
+    special = [text for text, _, kind in model.pieces if kind == USER_DEFINED]
+    around = special[0] if special else ""
     lines = PROBE.split("\n")
-    texts = [PROBE, *lines, *(f" {line} " for line in lines), *special, *map(" a{0}b {0}{0}c".format, special)]
-    for text in texts:
-        if reference.encode(text) != call_library(str(path), tokenizer.encode, text, add_special_tokens=False).ids:
+    texts = [*lines, *(f" {line} " for line in lines), *special, *map(" a{0}b {0}{0}c".format, special), PROBE]
+    texts += [f"{around}{text.replace(SPACE, ' ')}{around}" for text, _, kind in model.pieces if kind == NORMAL]
+    ours = call_library(str(path), tokenizer.encode_batch, texts, add_special_tokens=False)
+    for text, ids, encoding in zip(texts, reference.encode(texts), ours):
+        if ids != encoding.ids:
             kind = {UNIGRAM: "unigram", BPE: "BPE"}[model.kind]
             raise UnsupportedError(
-                f"{path}: this {kind} model could not be rebuilt exactly: SentencePiece gives {quote(text)} other ids; "
-                "put the model's tokenizer.json beside it"
+                f"{path}: this {kind} model could not be rebuilt exactly (SentencePiece gives other ids for "
+                f"{quote(text)}); put the model's tokenizer.json beside it"
             )
 
 
@@ -142,6 +151,8 @@ def read_model(data: bytes) -> Model:
             trainer = dict(_fields(_as_bytes(value)))
         elif number == 3:
             normalizer = dict(_fields(_as_bytes(value)))
+    if not pieces:
+        raise ValueError("no pieces")
     return Model(
         pieces,
         kind=trainer.get(3, UNIGRAM),

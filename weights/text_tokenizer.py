@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -47,16 +46,19 @@ Names: Łódź, Zürich, São Paulo, Ærøskøbing, Đà Nẵng, Việt Nam, ng�
 今日は2024年5月17日です。東京タワーの高さは333メートル。中文：我们在北京大学学习数学，
 成绩是98.6分！한국어 문장도 있습니다. 台灣的人口約為23,420,442人、香港是7,413,070人。
 العربية: بلغ عدد السكان ١٢٣٤٥٦ نسمة في عام ٢٠٢٠؛ עברית: שלום עולם; हिन्दी में १०० रुपये; বাংলা ভাষা; ภาษาไทย ไม่มี.
-def area(radius: float) -> float:\n    \"\"\"Returns pi r**2.\"\"\"\n\tif radius < 0:\n\t\traise ValueError(f"{radius!r}")
+def area(radius: float) -> float:\n    \"\"\"Returns pi r**2.\"\"\"\n\tif radius < 0:\n\t\traise ValueError(radius)
     return 3.14159 * radius ** 2  # about\n\n\nfor (int i = 0; i <= n && x[i] != '\\0'; ++i) { sum += a[i] << 2; }
 class Point<T> { constructor(private x: T) {} get X() { return this.x ?? null; } }  /* SELECT * FROM "t" WHERE id=7; */
 | year | km    | share |\n|------|-------|-------|\n| 1999 | 1,024 | 12.5% |\n| 2000 | 00007 | -3.0% |
 1. First\n2. Second\n10. Tenth\n- [ ] open\n- [x] done\nhttps://example.org/a_b/c-d?id=42&q=%C3%A9#top user@example.org
 {"key": [1, 22, 333, 4444, 55555], "nested": {"null": null, "t": true}} $E = mc^2$, \\frac{a}{b} <p class="x">&amp;</p>
 camelCase, snake_case, SCREAMING_CASE, kebab-case, XMLHttpRequest, v1.2.3-rc4, 0xDEADBEEF, 1e-5, 192.168.0.1, #ff8800.
-😀😃 👍🏽 👩\u200d👩\u200d👧\u200d👦 🇫🇷🇯🇵 ❤️ ☕ → ≤ ≠ ∑ √ € £ ¥ ₹ © ™ … — – “quoted” ‘single’ «guillemets» 「鍵」 ¿qué? ¡sí!
+😀😃 👍🏽 👩\u200d👩\u200d👧\u200d👦 🇫🇷🇯🇵 ❤️ ☕ → ≤ ≠ ∑ √ € £ ¥ ₹ © ™ … — – “quoted” ‘single’ «guillemets» 「鍵」 ¿qué?
 no\u00a0break, em\u2003space, zero\u200bwidth, soft\u00adhyphen, line\u2028separator, wide\u3000space,
-........ -------- ======== !!!??? aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa                                 000000000000000001
+ἐν ἀρχῇ ἦν ὁ λόγος; தமிழ், తెలుగు, ខ្មែរ, አማርኛ, ᏣᎳᎩ, 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝟙𝟚𝟛, Å Å ﾊﾝｶｸ ＡＢＣ１２３
+~`^| += <> '' "" ``code`` \u202eright\u202c. 1st, 2nd, 3rd, 100th; 5'10", 37°C, 2^10=1024, §4(b)(ii), 50/50,
+24/7, A4, B-52, C3PO, H2O, CO₂, x² + y³.
+........ -------- ======== !!!??? aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa                           000000000000000001
 """
 
 
@@ -71,7 +73,7 @@ def call_library(what: str, call: Callable[..., T], *arguments: Any, **options: 
     except BaseException as error:  # it raises Exception itself, and a Rust panic is a BaseException
         if not (isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"):
             raise  # Ctrl-C
-        raise InputError(f"{what} is not a usable tokenizer: {quote(str(error).strip())}") from error
+        raise InputError(f"{what} cannot be used by the tokenizers library: {quote(str(error).strip())}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +88,11 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The text's ids alone: nothing is put before or behind it. Raises InputError for what is no Unicode text."""
-        return call_library("this text with this tokenizer", self.backend.encode, text, add_special_tokens=False).ids
+        return call_library("the text", self.backend.encode, text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens are spelled out."""
-        return call_library("the stored file", self.backend.decode, list(ids), skip_special_tokens=False)
+        return call_library("these ids", self.backend.decode, list(ids), skip_special_tokens=False)
 
     @functools.cached_property
     def probe(self) -> Encoding:
@@ -148,7 +150,10 @@ def _leading(mask: Sequence[int]) -> int:
 
 
 def _cut(text: str) -> str:
-    """`text` up to its last word, where a space stands among the last 1000 characters: no token reaches over it."""
+    """`text` up to its last word, where a space stands among the last 1000 characters.
+
+    No token reaches over it; within a word or number a cut can change tokens far before it.
+    """
     place = max((match.start() for match in re.finditer(r"\S ", text[-1000:])), default=None)
     return text if place is None else text[: max(len(text) - 1000, 0) + place + 1]
 
@@ -250,7 +255,12 @@ def byte_level_tokenizer(
       merges: best first.
       splits: regular expressions; each cuts the pieces of the one before it into what it matches and what it does not.
       ignore_merges: a piece that is a token is that token, even if no merges lead to it.
+
+    Raises:
+      InputError: a vocabulary without the bytes of PROBE, for the library would drop them without a word.
     """
+    if missing := {BYTE_LETTERS[byte] for byte in PROBE.encode()} - vocab.keys():
+        raise InputError(f"a byte-level vocabulary needs a token for each byte, {len(missing)} are missing")
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=ignore_merges))
     cuts = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in splits]
     to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -328,14 +338,3 @@ def _byte_letters() -> str:
 
 
 BYTE_LETTERS = _byte_letters()
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a tokenizer's file. Raises InputError."""
-    try:
-        value = json.loads(read_bytes(path).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not JSON or UTF-8, or nested too deep
-        raise InputError(f"{path} is not JSON ({quote(str(error))})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value

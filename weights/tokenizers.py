@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, normalizers, processors
 
 from errors import InputError, UnsupportedError, quote
+from weights.fields import Fields, in_file, read_json
 from weights.gguf_tokenizers import GPT2, LLAMA3, QWEN2, from_gguf
 from weights.sentencepiece_model import sentencepiece_tokenizer
 from weights.text_tokenizer import (
@@ -30,7 +29,6 @@ from weights.text_tokenizer import (
     parse_merges,
     parse_tokenizer,
     read_bytes,
-    read_object,
     set_template,
     write_tokenizer,
 )
@@ -71,6 +69,8 @@ def from_hugging_face(folder: Path, vocab_size: int) -> TextTokenizer:
     elif (path := folder / "tokenizer.model").is_file():
         tokenizer = _from_model_file(path, vocab_size)
         _add_more_tokens(tokenizer, folder)
+        if settings.bos_flag is False:
+            set_template(tokenizer, None)
     elif (path := folder / "vocab.json").is_file() and settings.name in BYTE_LEVEL_CLASSES:
         tokenizer = _from_vocab_and_merges(folder, BYTE_LEVEL_CLASSES[settings.name])
         _add_more_tokens(tokenizer, folder)
@@ -91,35 +91,20 @@ class _Settings:
     """What tokenizer_config.json and special_tokens_map.json say that a tokenizer's own file does not."""
 
     def __init__(self, folder: Path):
-        self.path = folder / CONFIG
-        self.values = read_object(self.path) if self.path.is_file() else {}
-        if "add_special_tokens" in self.values:
-            raise InputError(f"{self.path}: add_special_tokens is no setting of a tokenizer; add_bos_token is")
-        self.name = self._read("tokenizer_class", str)
-        self.needs_code = self.values.get("auto_map") is not None
-        self.bos_flag = self._read("add_bos_token", bool)
-        self.bos = self._token("bos_token")
-        more = folder / "special_tokens_map.json"
+        self.path, more = folder / CONFIG, folder / "special_tokens_map.json"
+        fields = Fields(read_json(self.path) if self.path.is_file() else {})
+        with in_file(self.path):
+            if "add_special_tokens" in fields.values:
+                raise InputError("add_special_tokens is no setting of a tokenizer; add_bos_token is")
+            self.name = fields.text("tokenizer_class", None)
+            self.needs_code = fields.values.get("auto_map") is not None
+            self.bos_flag = fields.boolean("add_bos_token", None)
+            named = {name: _token(fields, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        self.bos = named["bos_token"]
         if self.bos is None and more.is_file():
-            self.bos = self._token("bos_token", read_object(more), more)
-        for name in ("eos_token", "unk_token", "pad_token"):
-            self._token(name)  # a file of wrong kinds is refused even where its value is not used
-
-    def _read(self, key: str, kind: type) -> Any:
-        value = self.values.get(key)
-        if value is not None and type(value) is not kind:
-            wanted = "true or false" if kind is bool else "a string"
-            raise InputError(f"{self.path}: {key} must be {wanted}, got {quote(value)}")
-        return value
-
-    def _token(self, key: str, values: Mapping[str, Any] | None = None, path: Path | None = None) -> str | None:
-        value = (self.values if values is None else values).get(key)
-        content = value.get("content") if isinstance(value, dict) else value
-        if value is not None and not isinstance(content, str):
-            raise InputError(
-                f"{path or self.path}: {key} must be a string or have a string content, got {quote(value)}"
-            )
-        return content
+            fields = Fields(read_json(more))
+            with in_file(more):
+                self.bos = _token(fields, "bos_token")
 
     def add_bos(self, tokenizer: Tokenizer, path: Path, warnings: list[str]) -> None:
         """Puts BOS before the text where the tokenizer's own file says nothing of what stands there."""
@@ -138,6 +123,13 @@ class _Settings:
             raise InputError(f"{self.path}: add_bos_token needs a bos_token of {path.name}, got {quote(self.bos)}")
         add_tokens(tokenizer, [self.bos])
         set_template(tokenizer, self.bos)
+
+
+def _token(fields: Fields, name: str) -> str | None:
+    """A special token, written as text or as an object with its content."""
+    if isinstance(fields.values.get(name), dict):
+        return fields.within(name).text("content")
+    return fields.text(name, None)
 
 
 def _compared(tokenizer: TextTokenizer, folder: Path, settings: _Settings) -> TextTokenizer:
@@ -159,7 +151,7 @@ def _add_more_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     path = folder / "added_tokens.json"
     if not path.is_file():
         return
-    tokens = read_object(path)
+    tokens = read_json(path)
     if not all(type(i) is int for i in tokens.values()):
         raise InputError(f"{path}: expected a token id for each token, got {quote(tokens)}")
     for token, i in sorted(tokens.items(), key=lambda item: item[1]):
@@ -173,7 +165,7 @@ def _add_more_tokens(tokenizer: Tokenizer, folder: Path) -> None:
 
 def _from_vocab_and_merges(folder: Path, split: str) -> Tokenizer:
     """A byte-level BPE in the two files of its slow class."""
-    vocab, path = read_object(folder / "vocab.json"), folder / "merges.txt"
+    vocab, path = read_json(folder / "vocab.json"), folder / "merges.txt"
     if not all(type(i) is int and 0 <= i < 1 << 32 for i in vocab.values()):
         raise InputError(f"{folder / 'vocab.json'}: expected a token id for each token, got {quote(vocab)}")
     try:
@@ -228,8 +220,6 @@ def _ranked_tokenizer(path: Path, ranks: dict[str, int], vocab_size: int) -> Tok
     """LLaMA 3's: the pair that makes the token of the lowest rank is merged first; special tokens follow the ranked."""
     if (least := len(ranks) + len(LLAMA3_SPECIALS)) > vocab_size:
         raise InputError(f"{path} makes at least {least} tokens with the special ones, expected at most {vocab_size}")
-    if missing := set(BYTE_LETTERS) - ranks.keys():
-        raise InputError(f"{path} lacks {len(missing)} of the 256 bytes: expected one token for each")
     reserved = (f"<|reserved_special_token_{i}|>" for i in range(3, vocab_size))
     special = [*LLAMA3_SPECIALS, *reserved][: vocab_size - len(ranks)]
     merges = derive_merges({token: -rank for token, rank in ranks.items()})

@@ -1,0 +1,127 @@
+"""How a sparse model's predictions differ from the dense one's: token by token, without [T, V] in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from attention.sharding import ROWS, WHOLE, jit, pad_axis, shard
+from kascade_core import tile_count
+from llama_model import Comparison, Forward, LlamaModel, Output
+from measure.settings import SHORT_CONTEXT
+from report.results import LongContext
+
+
+def run_windows(forward: Forward, params: Any, windows: Sequence[jax.Array]) -> list[Output]:
+    """The forward of each window, int32 [1, T], one after another; the outputs are on the host."""
+    return [jax.device_get(forward(params, ids_BT)) for ids_BT in windows]
+
+
+def compile_comparison(model: LlamaModel, mesh: Mesh | None) -> Callable[..., Comparison]:
+    """f(params, dense_BTD, sparse_BTD, next_ids_BT) -> `LlamaModel.compare_streams`, its rows shared by the devices.
+
+    It is compiled when it first sees a length.
+    """
+    num_shards = mesh.size if mesh else 1
+
+    def local(params: Any, dense_BTD: jax.Array, sparse_BTD: jax.Array, next_BT: jax.Array) -> Comparison:
+        return model.apply(params, dense_BTD, sparse_BTD, next_BT, method="compare_streams")
+
+    sharded = shard(local, mesh, (WHOLE, ROWS, ROWS, ROWS), ROWS)
+
+    def compare(params: Any, *arrays: jax.Array) -> Comparison:
+        rows = arrays[0].shape[1]
+        padded = [pad_axis(x, 1, tile_count(rows, num_shards) * num_shards) for x in arrays]
+        return jax.tree.map(lambda x: x[:, :rows], sharded(params, *padded))
+
+    return jit(compare, mesh)
+
+
+def compare(
+    model: LlamaModel,
+    params: Any,
+    windows: Sequence[jax.Array],
+    dense: Sequence[Output],
+    sparse: Sequence[Output],
+    mesh: Mesh | None = None,
+) -> list[Comparison]:
+    """What each token of every window loses, and how its prediction differs.
+
+    Args:
+      model: whose output matrix and dtype the two have in common.
+      params: its variables.
+      windows: int32 ids [1, T].
+      dense, sparse: what `run_windows` returned for them.
+      mesh: the run's devices.
+
+    Returns:
+      For each window float64 [T - 1] (and bool), on the host.
+    """
+    program, compared = compile_comparison(model, mesh), []
+    for ids_BT, a, b in zip(windows, dense, sparse, strict=True):
+        result = jax.device_get(program(params, a.stream[:, :-1], b.stream[:, :-1], ids_BT[:, 1:]))
+        compared.append(Comparison(*(_row(values) for values in result)))
+    return compared
+
+
+# --- Tokens that need a long context (LongPPL, arXiv 2410.23771) ---
+
+STRIDE = 128  # tokens whose loss with a short context comes from one forward, so that its length varies by as many
+LEAST_GAIN = 2.0  # nats that the long context must save
+LARGEST_LOSS = 2.0  # nats that may be left with it
+
+
+def short_contexts(ids_BT: jax.Array, prefix: int) -> dict[int, jax.Array]:
+    """{place of its first token: a piece of the window}, SHORT_CONTEXT + STRIDE tokens after the window's prefix."""
+    ids_T, reach = np.asarray(ids_BT)[0], SHORT_CONTEXT + STRIDE
+    starts = [*range(prefix + STRIDE, ids_T.size - reach, STRIDE), ids_T.size - reach]
+    return {start: jnp.asarray([[*ids_T[:prefix], *ids_T[start : start + reach]]], jnp.int32) for start in starts}
+
+
+def short_context_nll(forward: Forward, params: Any, ids_BT: jax.Array, prefix: int) -> np.ndarray:
+    """Losses float64 [T - 1] of a window's tokens with the SHORT_CONTEXT to SHORT_CONTEXT + STRIDE - 1 tokens before.
+
+    -inf where there are no more tokens before anyway. `prefix` tokens begin every context.
+    """
+    nll = np.full(ids_BT.size - 1, -np.inf)
+    for start, piece in short_contexts(ids_BT, prefix).items():
+        last = start + SHORT_CONTEXT + STRIDE - 1
+        nll[last - STRIDE : last] = np.asarray(forward(params, piece).nll)[0, -STRIDE:]
+    return nll
+
+
+def long_context_loss(
+    model: LlamaModel,
+    params: Any,
+    windows: Sequence[jax.Array],
+    compared: Sequence[Comparison],
+    prefix: int,
+    mesh: Mesh | None = None,
+) -> LongContext:
+    """Both arms' losses on the tokens that need the long context; the dense model decides which those are.
+
+    Args:
+      model: dense.
+      params: its variables.
+      windows: int32 ids [1, T], T at least 2 SHORT_CONTEXT.
+      compared: what `compare` returned for them.
+      prefix: tokens that begin every window.
+      mesh: the run's devices.
+    """
+    forward = model.compile(params, jax.ShapeDtypeStruct((1, prefix + SHORT_CONTEXT + STRIDE), jnp.int32), mesh)
+    dense, sparse = [], []
+    for ids_BT, window in zip(windows, compared, strict=True):
+        gain = short_context_nll(forward, params, ids_BT, prefix) - window.dense_nll
+        needs = (gain > LEAST_GAIN) & (window.dense_nll < LARGEST_LOSS)
+        dense.append(window.dense_nll[needs])
+        sparse.append(window.sparse_nll[needs])
+    return LongContext(np.concatenate(dense), np.concatenate(sparse))
+
+
+def _row(values_BT: np.ndarray) -> np.ndarray:
+    return values_BT[0] if values_BT.dtype == bool else values_BT[0].astype(np.float64)

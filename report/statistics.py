@@ -1,0 +1,48 @@
+"""Means with their errors: plain numpy functions. Pairs are differences before they get here."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """Of the mean of independent values: sample standard deviation / sqrt(n); None for fewer than two."""
+    values = np.asarray(values, np.float64)
+    return None if values.size < 2 else float(values.std(ddof=1) / math.sqrt(values.size))
+
+
+def standard_error_of_share(share: float, count: int) -> float | None:
+    """Of a share of `count` independent yes or no answers, as llama-perplexity has it; None for fewer than two."""
+    return None if count < 2 else math.sqrt(share * (1 - share) / (count - 1))
+
+
+def student_quantile(probability: float, freedom: int) -> float:
+    """Where Student's t distribution reaches a probability in [0.5, 1), by bisection."""
+    low, high = 0.0, 1.0
+    while student_probability(high, freedom) < probability:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_probability(middle, freedom) < probability else (low, middle)
+    return high
+
+
+def student_probability(t: float, freedom: int) -> float:
+    """P(T <= t) for t >= 0: the finite series (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term, total = (cosine, 0.0) if freedom % 2 else (1.0, 0.0)
+    for k in range(1 + freedom % 2, freedom, 2):
+        total += term
+        term *= cosine**2 * k / (k + 1)
+    within = 2 / math.pi * (angle + sine * total) if freedom % 2 else sine * total
+    return 0.5 + within / 2
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Pearson's, of two rows of values; None where one of them does not vary."""
+    a, b = (np.asarray(values, np.float64) - np.mean(values, dtype=np.float64) for values in (a, b))
+    scale = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b) / scale if scale else None
