@@ -64,7 +64,7 @@ def test_a_wrong_program_is_not_timed(broken, factor, error, monkeypatch):
 
 def first_tiles(own, count):
     """For each query tile the first tiles of the text and its own."""
-    others = jnp.where(jnp.arange(count - 1) < own[:, None], jnp.arange(count - 1), NO_TILE)
+    others = jnp.where(jnp.arange(count - 1)[None] < own[:, None], jnp.arange(count - 1)[None], NO_TILE)
     return jnp.sort(jnp.concatenate([others, own[:, None]], 1))
 
 
