@@ -117,6 +117,26 @@ class Fields:
             raise self.refused(name, expected)
         return number
 
+    def numbers(self, name: str, count: int, default: Any = REQUIRED) -> Any:
+        """A list of `count` finite numbers above 0, as a tuple of floats."""
+        expected = f"a list of {count} numbers above 0"
+        value = self._read(name, expected, default)
+        if value is default:
+            return default
+        if type(value) not in (list, tuple) or len(value) != count:
+            raise self.refused(name, expected)
+        return tuple(Fields({name: item}, self.prefix, self.names).number(name) for item in value)
+
+    def integers(self, name: str, high: int, default: Any = REQUIRED) -> Any:
+        """A list of whole numbers from 0 to `high`, as a tuple."""
+        expected = f"a list of whole numbers from 0 to {high}"
+        value = self._read(name, expected, default)
+        if value is default:
+            return default
+        if type(value) not in (list, tuple) or any(type(item) is not int or not 0 <= item <= high for item in value):
+            raise self.refused(name, expected)
+        return tuple(value)
+
     def _of_type(self, kind: type, name: str, expected: str, default: Any) -> Any:
         value = self._read(name, expected, default)
         if value is not default and type(value) is not kind:
