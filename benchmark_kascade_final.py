@@ -34,7 +34,8 @@ from kascade_core import (
     publish_tiles,
     tile_count,
 )
-from llama_model import LlamaModel, count_parameters, load_weights
+from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
+from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depths
 from measure.layerwise import Calibration
 from measure.machine import (
     configure_device,
@@ -50,9 +51,9 @@ from measure.settings import Settings
 from measure.texts import Windows, load_windows
 from measure.timing import compile_attention, measure_length
 from report import console
-from report.results import Layer, Machine, Model, Quality, Results, Timing, write_json
+from report.results import Decoding, DepthRow, Generated, Layer, Machine, Model, Quality, Results, Timing, write_json
 from weights.folder import DEFAULT_WEIGHTS, Manifest, read_manifest
-from weights.tokenizers import load_tokenizer
+from weights.tokenizers import TextTokenizer, load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +94,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     calibrated_on = saved.calibrated_on if settings.load_schedule else None
     windows = load_windows(tokenizer, settings, manifest.config.vocab_size, calibrated_on)
     describe_windows(windows, settings, say)
-    settings = dataclasses.replace(settings, windows=len(windows.test), calib_windows=len(windows.calibration) or None)
+    settings = settings_as_run(settings, windows)
 
     model_dense = LlamaModel(manifest.config, None, settings.selection, dtype=dtype, kernel=settings.kernel)
     limit_check = None
@@ -112,16 +113,17 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         save_schedule(settings.save_schedule, model_sparse.schedule, settings.selection, manifest, windows.calibration)
         say(f"📝 Schedule written to {settings.save_schedule}")
 
+    decodes = bool(settings.decode or settings.generate)
     test_ids = windows.test[0]  # timed; all windows are compared
     say("🏃 Running DENSE Baseline...")
-    dense = model_dense.compile(params, test_ids, mesh)
+    dense = model_dense.compile(params, test_ids, mesh, with_cache=decodes)
     dense_outputs = run_windows(dense, params, windows.test)
     dense_perplexity = perplexity_of(np.concatenate([output.nll for output in dense_outputs]))
     warn(check_perplexity(dense_perplexity, manifest.config.vocab_size, len(windows.test) * (test_ids.size - 1)))
     say(f"  All {tile_count(settings.seq_len, settings.selection.tile_size)} tiles in every layer\n")
 
     say("⚡ Running KASCADE Sparse...")
-    sparse = model_sparse.compile(params, test_ids, mesh)
+    sparse = model_sparse.compile(params, test_ids, mesh, with_cache=decodes)
     sparse_outputs = run_windows(sparse, params, windows.test)
     publish_tiles(sparse_outputs[0].tiles)
     attended = attended_tiles(model_sparse.schedule, sparse_outputs[0].tiles)
@@ -160,6 +162,9 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
             print(console.sweep_row(rows[-1]), flush=True)
         print(console.sweep_break_even(rows))
 
+    arms = Arms(model_dense, model_sparse, {"dense": dense, "sparse": sparse}, params, mesh)
+    decoding, depths, generated = decode(arms, windows, settings, tokenizer)
+
     results = Results(
         settings=dataclasses.replace(settings, weights_dir=weights_dir),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -174,6 +179,9 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         attention_ms=attention_ms,
         sweep=rows,
         long_context=long_context,
+        decoding=decoding,
+        depths=depths,
+        generated=generated,
         peak_memory_bytes=peak_memory(devices[0]),
     )
     if settings.json:
@@ -182,7 +190,40 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     return results
 
 
+def decode(
+    arms: Arms, windows: Windows, settings: Settings, tokenizer: TextTokenizer
+) -> tuple[Decoding | None, list[DepthRow], Generated | None]:
+    """The part of the run that decodes token by token."""
+    decoding, depths, generated = None, [], None
+    device = arms.mesh.devices.flat[0]
+    if settings.decode:
+        tokens = settings.seq_len + settings.decode
+        check_cache_fits(arms.dense, settings.batch, tokens, arms.cache_dtype, device)
+        warn_beyond_context(tokens, arms.dense.config)
+        decoding = decode_windows(arms, windows, settings)
+        print("\n" + console.decoding(decoding, settings.dtype))
+    if settings.depths:
+        print(console.depths_header(settings.batch))
+        depths = measure_depths(arms, settings, lambda row: print(console.depth_row(row), flush=True))
+        print(console.sweep_break_even(depths) + "\n")
+    if settings.generate:
+        generated = generate(arms, windows.test[0], settings.generate)
+        texts = (tokenizer.decode(ids) for ids in (generated.dense, generated.sparse))
+        print(console.continuations(generated, *texts))
+    return decoding, depths, generated
+
+
 # --- The steps' details ---
+
+
+def settings_as_run(settings: Settings, windows: Windows) -> Settings:
+    """The settings with the numbers of windows and decoded tokens that the text has room for."""
+    return dataclasses.replace(
+        settings,
+        windows=len(windows.test),
+        calib_windows=len(windows.calibration) or None,
+        decode=windows.following[0].size - 1 if windows.following else 0,
+    )
 
 
 def find_weights(settings: Settings, say: Callable[..., None]) -> tuple[Path, Manifest]:
@@ -208,8 +249,7 @@ def resolve(
     )
     say(f"✓ Matrix inputs in {dtype} ({why_dtype})")
     say(f"✓ Attention by {kernel} ({why_kernel})\n")
-    if longest > config.max_position_embeddings:
-        warn(f"{longest} tokens are beyond the model's context of {config.max_position_embeddings}")
+    warn_beyond_context(longest, config)
     return dataclasses.replace(settings, dtype=dtype, kernel=kernel)
 
 
@@ -243,6 +283,12 @@ def warn_of_other_length(made_for: int, seq_len: int) -> None:
     """A loaded schedule was calibrated on windows of some length."""
     if made_for != seq_len:
         warn(f"the schedule was made from {made_for} tokens, and this run has {seq_len}")
+
+
+def warn_beyond_context(tokens: int, config: LlamaConfig) -> None:
+    """What a model computes beyond its context means little."""
+    if tokens > config.max_position_embeddings:
+        warn(f"{tokens} tokens are beyond the model's context of {config.max_position_embeddings}")
 
 
 def warn(message: str | None) -> None:

@@ -86,7 +86,9 @@ def count_parameters(params: Any) -> int:
 
 # --- Layers ---
 
-Rope = tuple[jax.Array, jax.Array]  # cos and sin, float32 [1, T, 1, H / 2] each
+Rope = tuple[
+    jax.Array, jax.Array
+]  # cos and sin, float32 [B, T, 1, H / 2] each; B is 1 where all sequences share positions
 
 VOCAB_CHUNK = 1024  # tokens of the vocabulary in one product of the loss: its logits are no larger than the MLP's rows
 MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F columns are the widest array of a layer
@@ -94,10 +96,10 @@ MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F column
 _matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
-def rope_table(config: LlamaConfig, positions_T: jax.Array) -> Rope:
+def rope_table(config: LlamaConfig, positions_BT: jax.Array) -> Rope:
     """Cos and sin of every position's angles (RoPE, arXiv 2104.09864)."""
-    angles_TH = jnp.outer(positions_T.astype(jnp.float32), jnp.asarray(rope_frequencies(config), jnp.float32))
-    angles = angles_TH[None, :, None]
+    frequencies = jnp.asarray(rope_frequencies(config), jnp.float32)
+    angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -114,13 +116,13 @@ def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True) + eps) * weight_D[None, None]
 
 
-def _linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any) -> jax.Array:
+def _linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any, spec: str = "BTD,DF->BTF") -> jax.Array:
     """The only dtype decision of a product: inputs in `dtype`, sum and result in float32."""
     x_BTD, w_DF = x_BTD.astype(dtype), w_DF.astype(dtype)
     if x_BTD.shape[:2] == (1, 1) and dtype == jnp.bfloat16:
         # XLA's CPU multiplies one bfloat16 row by a matrix eight times slower than two rows.
-        return matmul("BTD,DF->BTF", jnp.repeat(x_BTD, 2, axis=1), w_DF)[:, :1]
-    return matmul("BTD,DF->BTF", x_BTD, w_DF)
+        return matmul(spec, jnp.repeat(x_BTD, 2, axis=1), w_DF)[:, :1]
+    return matmul(spec, x_BTD, w_DF)
 
 
 class Attention(nn.Module):
@@ -356,7 +358,7 @@ class LlamaModel(nn.Module):
 
         Keys and values are each layer's (k_BTKH, v_BTKH) of this shard's tokens.
         """
-        rope = rope_table(self.config, layout.local_positions())
+        rope = rope_table(self.config, layout.local_positions()[None])
         x_BTD = self.tok_embeddings[ids_BT].astype(jnp.float32)
         tiles_by_layer: dict[int, jax.Array] = {}
         keys_values = []
@@ -373,7 +375,7 @@ class LlamaModel(nn.Module):
         self, ids_B: jax.Array, positions_B: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, dict[int, jax.Array], KVCache]:
         """One new token a sequence: its final, normed stream x_B1D, the tiles_BK1C that anchors chose, the cache."""
-        rope = tuple(x[:, None] for x in rope_table(self.config, positions_B))
+        rope = rope_table(self.config, positions_B[:, None])
         x_B1D = self.tok_embeddings[ids_B].astype(jnp.float32)[:, None]
         tiles_by_layer: dict[int, jax.Array] = {}
         layers = []
@@ -459,7 +461,7 @@ class LlamaModel(nn.Module):
         size = self.config.vocab_size if size is None else size
         if self.config.tie_word_embeddings:
             w_VD = jax.lax.dynamic_slice_in_dim(self.tok_embeddings, start, size, axis=0)
-            return _linear(x_BTD, w_VD.T, self.dtype)
+            return _linear(x_BTD, w_VD, self.dtype, "BTD,VD->BTV")
         return _linear(x_BTD, jax.lax.dynamic_slice_in_dim(self.output, start, size, axis=1), self.dtype)
 
     def _target_logits(self, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:

@@ -336,9 +336,7 @@ class Decoding:
 
     def bandwidth_share(self, arm: str) -> float:
         """Of the memory's measured bandwidth, that the median step reads its bytes at."""
-        ms, count = (
-            (self.dense_ms, self.dense_bytes) if arm == "dense" else (self.sparse_ms, self.sparse_bytes)
-        )
+        ms, count = (self.dense_ms, self.dense_bytes) if arm == "dense" else (self.sparse_ms, self.sparse_bytes)
         return count / (statistics.median(ms) / 1e3) / self.bytes_per_second
 
     def to_json(self) -> dict[str, Any]:
@@ -542,6 +540,10 @@ class Results:
             "speedup": timing.speedup,
             "sweep": [dataclasses.asdict(row) | {"speedup": row.speedup} for row in self.sweep],
             "sweep_break_even": break_even(self.sweep),
+            "decode": self.decoding and self.decoding.to_json(),
+            "decode_depths": [dataclasses.asdict(row) | {"speedup": row.speedup} for row in self.depths],
+            "decode_break_even": break_even(self.depths),
+            "generate": self.generated and dataclasses.asdict(self.generated) | {"part_at": self.generated.part_at},
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 
