@@ -237,9 +237,7 @@ def _read_plan(layer: Fields) -> LayerPlan:
     """One layer of a file; whether it fits the others and the model is `freeze_schedule`'s to say."""
     mode = layer.text("mode")
     anchor = layer.integer("anchor", low=0, default=None)
-    head_map, budgets = (
-        layer.integers(name, low=low, default=None) for name, low in (("head_map", 0), ("budgets", 1))
-    )
+    head_map, budgets = (layer.integers(name, low=low, default=None) for name, low in (("head_map", 0), ("budgets", 1)))
     return LayerPlan(mode, anchor, head_map and tuple(head_map), budgets and tuple(budgets), reason="loaded")
 
 
