@@ -230,9 +230,24 @@ class Settings:
         try:
             if "load_schedule" in given and sizes:
                 raise InputError(f"{min(sizes)} has no effect with load_schedule: the tile sizes come from its file")
+            if "max_degradation" in given and (budget := {"top_k", "density", "min_tiles"} & sizes.keys()):
+                raise InputError(f"{min(budget)} has no effect with max_degradation, which finds the budgets itself")
             return cls(selection=Selection(**sizes), **given)
         except InputError as error:
             parser.error(str(error))
+
+    def check_files(self) -> None:
+        """Opens what is to be read later, before anything that takes long, such as fetching weights.
+
+        Raises:
+          InputError: a file that is missing or cannot be read.
+        """
+        for name in ("text", "calib_text", "load_schedule", "head_maps"):
+            if path := getattr(self, name):
+                try:
+                    path.open("rb").close()
+                except OSError as error:
+                    raise InputError(f"{name} {path} cannot be read: {error.strerror}") from error
 
     @property
     def test_windows(self) -> tuple[int, int]:
@@ -257,6 +272,8 @@ class Settings:
             context = config.max_position_embeddings
             depths = () if self.decode == 0 else tuple(depth for depth in DEFAULT_DEPTHS if depth <= context)
             return dataclasses.replace(self, depths=depths).for_model(config)
+        if layers < 2 and self.scheduler in (DP, SEARCH):
+            raise InputError(f"scheduler {self.scheduler} needs a second layer, for layer 0 is dense; use threshold")
         if self.anchor_layers and not 1 <= min(self.anchor_layers) <= max(self.anchor_layers) < layers:
             raise InputError(
                 f"anchor_layers must be from 1 to {layers - 1}, for layer 0 of the {layers} is dense, got "

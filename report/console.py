@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,38 @@ from report.results import (
 )
 
 RULE = "=" * 70
+COLUMNS = 80  # of a terminal
+
+
+def fit(text: str) -> str:
+    """The text with lines of more than COLUMNS broken at spaces; a single word, such as a path, stays whole."""
+    return "\n".join(part for line in text.split("\n") for part in _broken(line))
+
+
+def _broken(line: str) -> list[str]:
+    if width(line) <= COLUMNS:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()))
+    first, *words = line.strip().split(" ")
+    parts = [indent + first]
+    for word in words:
+        if width(f"{parts[-1]} {word}") <= COLUMNS:
+            parts[-1] += f" {word}"
+        else:
+            parts.append(f"{indent}    {word}")
+    return parts
+
+
+def width(line: str) -> int:
+    """Columns of a terminal: wide letters and symbols take two, combining marks none."""
+    return sum(
+        1
+        if letter == "\ufe0f"  # asks for the wide form of the symbol before it
+        else 0
+        if unicodedata.category(letter) in ("Mn", "Me", "Cf")
+        else 1 + (unicodedata.east_asian_width(letter) in "WF")
+        for letter in line
+    )
 
 
 def configuration(settings: Any) -> str:
