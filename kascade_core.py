@@ -159,28 +159,32 @@ def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: ja
       tiles_BKQC: int32 with C = selection.slots(P), best first: a query tile's own, then sinks and local tiles, then
       by mass.
     """
-    Q, P = scores_BKQP.shape[-2:]
+    *leading, Q, P = scores_BKQP.shape
     first_row_Q1 = (jnp.arange(Q) if query_tiles_Q is None else query_tiles_Q)[:, None] * selection.query_tile
-    start_P = jnp.arange(P) * selection.tile_size
-    past_QP = start_P + selection.tile_size <= first_row_Q1
-    seen_QP = start_P < first_row_Q1 + selection.query_tile
-    near_QP = start_P + (selection.local_tiles + 1) * selection.tile_size > first_row_Q1
+    tile_1P = jnp.arange(P)[None]
+    start_1P = tile_1P * selection.tile_size
+    past_QP = start_1P + selection.tile_size <= first_row_Q1
+    seen_QP = start_1P < first_row_Q1 + selection.query_tile
+    near_QP = start_1P + (selection.local_tiles + 1) * selection.tile_size > first_row_Q1
     most = jnp.finfo(scores_BKQP.dtype).max
-    scores_BKQP = jnp.where((jnp.arange(P) < selection.sink_tiles) | near_QP, most, scores_BKQP)
-    ranked_BKQP = jnp.where(past_QP, scores_BKQP, jnp.where(seen_QP, jnp.inf, -jnp.inf))  # own tiles come first
-    _, tiles_BKQC = jax.lax.top_k(ranked_BKQP, selection.slots(P))
-    kept = tiles_BKQC * selection.tile_size < first_row_Q1 + selection.query_tile
+    scores_ZQP = scores_BKQP.reshape(-1, Q, P)
+    scores_ZQP = jnp.where(((tile_1P < selection.sink_tiles) | near_QP)[None], most, scores_ZQP)
+    own_QP = jnp.where(seen_QP, jnp.inf, -jnp.inf)  # own tiles come first, later ones last
+    _, tiles_ZQC = jax.lax.top_k(jnp.where(past_QP[None], scores_ZQP, own_QP[None]), selection.slots(P))
+    kept_ZQC = tiles_ZQC * selection.tile_size < (first_row_Q1 + selection.query_tile)[None]
     if selection.density is not None:
-        share_Q1 = jnp.ceil(selection.density * seen_QP.sum(-1, keepdims=True) - 1e-4).astype(jnp.int32)
-        kept &= jnp.arange(tiles_BKQC.shape[-1]) < jnp.maximum(share_Q1, selection.least_tiles)
-    return jnp.where(kept, tiles_BKQC, NO_TILE).astype(jnp.int32)
+        seen_Q1 = seen_QP.sum(-1, keepdims=True, dtype=jnp.float32)
+        share_Q1 = jnp.ceil(selection.density * seen_Q1 - 1e-4).astype(jnp.int32)
+        slots_1C = jnp.arange(tiles_ZQC.shape[-1])[None]
+        kept_ZQC &= (slots_1C < jnp.maximum(share_Q1, selection.least_tiles))[None]
+    return jnp.where(kept_ZQC, tiles_ZQC, NO_TILE).astype(jnp.int32).reshape(*leading, Q, -1)
 
 
 def cut_tiles(tiles_BKQC: jax.Array, budgets: Sequence[int]) -> jax.Array:
     """The first budgets[k] tiles of each KV head k, best first still; C is the largest budget."""
     slots_C = np.arange(min(max(budgets), tiles_BKQC.shape[-1]))
-    kept_K1C = slots_C < np.array(budgets)[:, None, None]
-    return jnp.where(kept_K1C, tiles_BKQC[..., : slots_C.size], NO_TILE)
+    kept_1K1C = slots_C < np.array(budgets)[None, :, None, None]
+    return jnp.where(kept_1K1C, tiles_BKQC[..., : slots_C.size], NO_TILE)
 
 
 def seen_tiles(tiles_BKQC: np.ndarray) -> np.ndarray:
@@ -194,6 +198,13 @@ def density_of(tiles_BKQC: np.ndarray | None) -> float:
     if tiles_BKQC is None:
         return 1.0
     return np.count_nonzero(np.asarray(tiles_BKQC) != NO_TILE) / int(seen_tiles(tiles_BKQC).sum())
+
+
+def density_of_step(tiles_BNKC: np.ndarray, seen_N: np.ndarray) -> float:
+    """The same of decoding: attended tiles over those that each of N steps could attend to, over batch and heads."""
+    tiles_BNKC = np.asarray(tiles_BNKC)
+    B, _, K, _ = tiles_BNKC.shape
+    return np.count_nonzero(tiles_BNKC != NO_TILE) / (B * K * int(seen_N.sum()))
 
 
 def mean_density(attended: Mapping[int, np.ndarray | None]) -> float:
@@ -478,8 +489,11 @@ def calibrate_kascade(
     Raises:
       InputError: the model's losses are not finite.
     """
-    selection = dataclasses.replace(model.selection, tile_size=tile_size)
-    selection = selection if top_k is None else selection.with_top_k(top_k)
+    selection = model.selection
+    sizes = {"tile_size": tile_size} | ({} if top_k is None else {"top_k": top_k, "density": None})
+    if selection.query_tile == selection.tile_size:
+        sizes["query_tile"] = None  # it follows the tile size
+    selection = dataclasses.replace(selection, **sizes)
     observer = model.clone(schedule=None, calibrate=True, selection=selection)
     forward, tiles_by_layer = observer.compile(params, input_ids[:1], mesh), {}
     for ids_T in input_ids:

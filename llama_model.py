@@ -86,7 +86,9 @@ def count_parameters(params: Any) -> int:
 
 # --- Layers ---
 
-Rope = tuple[jax.Array, jax.Array]  # cos and sin, float32 [T, 1, H / 2] each
+Rope = tuple[
+    jax.Array, jax.Array
+]  # cos and sin, float32 [B, T, 1, H / 2] each; B is 1 where all sequences share positions
 
 VOCAB_CHUNK = 1024  # tokens of the vocabulary in one product of the loss: its logits are no larger than the MLP's rows
 MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F columns are the widest array of a layer
@@ -94,9 +96,10 @@ MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F column
 _matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
-def rope_table(config: LlamaConfig, positions_T: jax.Array) -> Rope:
+def rope_table(config: LlamaConfig, positions_BT: jax.Array) -> Rope:
     """Cos and sin of every position's angles (RoPE, arXiv 2104.09864)."""
-    angles = positions_T.astype(jnp.float32)[:, None, None] * jnp.asarray(rope_frequencies(config), jnp.float32)
+    frequencies = jnp.asarray(rope_frequencies(config), jnp.float32)
+    angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -110,12 +113,18 @@ def apply_rope(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
 def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     """X / sqrt(mean(x^2) + eps) * weight, in float32 (arXiv 1910.07467)."""
     x_BTD = x_BTD.astype(jnp.float32)
-    return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True) + eps) * weight_D
+    return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True) + eps) * weight_D[None, None]
 
 
 def _linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any) -> jax.Array:
     """The only dtype decision of a product: inputs in `dtype`, sum and result in float32."""
-    return matmul("BTD,DF->BTF", x_BTD.astype(dtype), w_DF.astype(dtype))
+    x_BTD, w_DF = x_BTD.astype(dtype), w_DF.astype(dtype)
+    return matmul("BTD,DF->BTF", _two_rows(x_BTD), w_DF)[:, : x_BTD.shape[1]]
+
+
+def _two_rows(x_BTD: jax.Array) -> jax.Array:
+    """A single bfloat16 row twice: XLA's CPU multiplies one by a matrix eight times slower than two."""
+    return jnp.repeat(x_BTD, 2, axis=1) if x_BTD.shape[:2] == (1, 1) and x_BTD.dtype == jnp.bfloat16 else x_BTD
 
 
 class Attention(nn.Module):
@@ -214,22 +223,20 @@ class Block(nn.Module):
         """The first half for one new token a sequence, whose key and value are written into the cache.
 
         Returns:
-          The stream, the tiles that this layer chose, and the cached k_BKSH and v_BKSH with the new ones.
+          The stream, the tiles that this layer chose, and the cached k_ZSH and v_ZSH with the new ones.
         """
         q_B1NH, k_B1KH, v_B1KH = self.attention.project(self._normed(x_B1D), rope)
-        k_BKSH, v_BKSH = (
-            write_at(x, new.swapaxes(1, 2), positions_B) for x, new in zip(cached, (k_B1KH, v_B1KH), strict=True)
-        )
+        k_ZSH = write_at(cached[0], k_B1KH[:, 0], positions_B)
+        v_ZSH = write_at(cached[1], v_B1KH[:, 0], positions_B)
         q_BNH, chosen_BK1C = q_B1NH[:, 0], None
         if self.plan.mode == ANCHOR:
-            chosen_BK1C, scores_BKGS = decode.choose_step(q_BNH, k_BKSH, positions_B, self._selection())
-            tiles_BK1C = self.plan.attended(chosen_BK1C)
-            out_BNH = decode.anchor_step(scores_BKGS, v_BKSH, tiles_BK1C, self.selection)
+            chosen_BK1C, scores_ZGS = decode.choose_step(q_BNH, k_ZSH, positions_B, self._selection())
+            out_BNH = decode.anchor_step(scores_ZGS, v_ZSH, self.plan.attended(chosen_BK1C), self.selection)
         elif self.plan.mode == REUSE:
-            out_BNH = decode.reuse_step(q_BNH, k_BKSH, v_BKSH, positions_B, tiles_BK1C, self.selection)
+            out_BNH = decode.reuse_step(q_BNH, k_ZSH, v_ZSH, positions_B, tiles_BK1C, self.selection)
         else:
-            out_BNH = decode.dense_step(q_BNH, k_BKSH, v_BKSH, positions_B)
-        return x_B1D + self.attention.output(out_BNH[:, None]), chosen_BK1C, (k_BKSH, v_BKSH)
+            out_BNH = decode.dense_step(q_BNH, k_ZSH, v_ZSH, positions_B)
+        return x_B1D + self.attention.output(out_BNH[:, None]), chosen_BK1C, (k_ZSH, v_ZSH)
 
     def feed(self, x_BTD: jax.Array) -> jax.Array:
         """The second half."""
@@ -261,8 +268,9 @@ KeysValues = tuple[jax.Array, jax.Array]  # of one layer
 
 
 class KVCache(NamedTuple):
-    """Keys (after RoPE) and values of every layer, [B, K, S, H] each; S is room for so many tokens.
+    """Keys (after RoPE) and values of every layer, k_ZSH and v_ZSH; S is room for so many tokens.
 
+    Batch and KV heads are one axis, as the products take them: another view of the array would be a copy in each step.
     A step is given the cache away (it is donated) and returns it with the new tokens' keys and values written in place.
     """
 
@@ -271,7 +279,7 @@ class KVCache(NamedTuple):
     @classmethod
     def empty(cls, config: LlamaConfig, batch: int, size: int, dtype: Any) -> KVCache:
         """Zeros: what is behind a sequence's last token has no weight, but must be finite."""
-        shape = (batch, config.num_key_value_heads, size, config.head_dim)
+        shape = (batch * config.num_key_value_heads, size, config.head_dim)
         return cls(tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)))
 
     @staticmethod
@@ -281,11 +289,13 @@ class KVCache(NamedTuple):
         return config.num_hidden_layers * per_layer * jnp.dtype(dtype).itemsize
 
 
-def write_at(x_BKSH: jax.Array, new_BK1H: jax.Array, positions_B: jax.Array) -> jax.Array:
+def write_at(x_ZSH: jax.Array, new_BKH: jax.Array, positions_B: jax.Array) -> jax.Array:
     """Writes one row of each sequence at its position; a slice a sequence is written in place, a scatter is slower."""
-    for b in range(x_BKSH.shape[0]):
-        x_BKSH = jax.lax.dynamic_update_slice(x_BKSH, new_BK1H[b : b + 1], (b, 0, positions_B[b], 0))
-    return x_BKSH
+    B, K, _ = new_BKH.shape
+    new_BK1H = new_BKH.astype(x_ZSH.dtype)[:, :, None]
+    for b in range(B):
+        x_ZSH = jax.lax.dynamic_update_slice(x_ZSH, new_BK1H[b], (b * K, positions_B[b], 0))
+    return x_ZSH
 
 
 # --- The model ---
@@ -350,8 +360,8 @@ class LlamaModel(nn.Module):
 
         Keys and values are each layer's (k_BTKH, v_BTKH) of this shard's tokens.
         """
-        rope = rope_table(self.config, layout.local_positions())
-        x_BTD = self.tok_embeddings[ids_BT].astype(jnp.float32)
+        rope = rope_table(self.config, layout.local_positions()[None])
+        x_BTD = self._embed(ids_BT)
         tiles_by_layer: dict[int, jax.Array] = {}
         keys_values = []
         for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
@@ -366,9 +376,9 @@ class LlamaModel(nn.Module):
     def step(
         self, ids_B: jax.Array, positions_B: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, dict[int, jax.Array], KVCache]:
-        """One new token a sequence: its final, normed stream x_B1D, the tiles_BK1C that anchors chose, and the cache."""
-        rope = tuple(x[:, None] for x in rope_table(self.config, positions_B))
-        x_B1D = self.tok_embeddings[ids_B].astype(jnp.float32)[:, None]
+        """One new token a sequence: its final, normed stream x_B1D, the tiles_BK1C that anchors chose, the cache."""
+        rope = rope_table(self.config, positions_B[:, None])
+        x_B1D = self._embed(ids_B[:, None])
         tiles_by_layer: dict[int, jax.Array] = {}
         layers = []
         for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
@@ -380,6 +390,14 @@ class LlamaModel(nn.Module):
                 tiles_by_layer[i] = chosen_BK1C
         return rms_norm(x_B1D, self.norm, self.config.rms_norm_eps), tiles_by_layer, KVCache(tuple(layers))
 
+    def _embed(self, ids_BT: jax.Array) -> jax.Array:
+        table_VD = self.tok_embeddings
+        if table_VD.dtype != jnp.bfloat16:
+            return table_VD[ids_BT].astype(jnp.float32)
+        # XLA's CPU gathers no bfloat16: it would make a float32 copy of the whole table. Gathered as integers.
+        rows_BTD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[ids_BT]
+        return jax.lax.bitcast_convert_type(rows_BTD, jnp.bfloat16).astype(jnp.float32)
+
     def decode(self, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
         """N steps, the first at `positions_B`. A negative id stands for the likeliest token of the step before."""
 
@@ -387,13 +405,17 @@ class LlamaModel(nn.Module):
             cache, positions_B, best_B = carry
             ids_B = jnp.where(ids_B < 0, best_B, ids_B)
             x_B1D, tiles, cache = module.step(ids_B, positions_B, cache)
-            best_B = module._logits(x_B1D)[:, 0].argmax(-1).astype(jnp.int32)
+            best_B = module.likeliest(x_B1D)[:, 0]
             return (cache, positions_B + 1, best_B), (x_B1D[:, 0], best_B, tiles)
 
         scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
         carry = (cache, positions_B, jnp.zeros_like(positions_B))
         (cache, _, _), (stream, best, tiles) = scan(self, carry, ids_BN)
         return Decoded(stream, best, tiles, cache)
+
+    def likeliest(self, x_BTD: jax.Array) -> jax.Array:
+        """int32 [B, T]: the likeliest next token after each, given the final stream; for few tokens."""
+        return self._logits(x_BTD).argmax(-1).astype(jnp.int32)
 
     def next_token_nll(self, x_BTD: jax.Array, next_ids_BT: jax.Array) -> jax.Array:
         """Negative log likelihood of the next ids, float32 nats [B, T], given the final stream; no [T, V] logits.
@@ -449,7 +471,9 @@ class LlamaModel(nn.Module):
         size = self.config.vocab_size if size is None else size
         if self.config.tie_word_embeddings:
             w_VD = jax.lax.dynamic_slice_in_dim(self.tok_embeddings, start, size, axis=0)
-            return matmul("BTD,VD->BTV", x_BTD.astype(self.dtype), w_VD.astype(self.dtype))
+            # The table comes first, as it is stored: as the second operand it would be transposed into a copy.
+            logits_VBT = matmul("VD,BTD->VBT", w_VD.astype(self.dtype), _two_rows(x_BTD.astype(self.dtype)))
+            return logits_VBT.transpose(1, 2, 0)[:, : x_BTD.shape[1]]
         return _linear(x_BTD, jax.lax.dynamic_slice_in_dim(self.output, start, size, axis=1), self.dtype)
 
     def _target_logits(self, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
@@ -505,7 +529,7 @@ class LlamaModel(nn.Module):
         def run(params: Any, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
             return self.apply(params, ids_BN, positions_B, cache, method="decode")
 
-        batch = cache.layers[0][0].shape[0]
+        batch = cache.layers[0][0].shape[0] // self.config.num_key_value_heads
         ids_BN = jax.ShapeDtypeStruct((batch, num_steps), jnp.int32)
         positions_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
         start = time.perf_counter()
@@ -555,12 +579,13 @@ class Forward:
     def __call__(self, params: Any, input_ids: jax.Array) -> Output:
         return self.program(params, input_ids)
 
-    def fill_cache(self, output: Output, size: int, mesh: Mesh) -> KVCache:
+    def fill_cache(self, output: Output, size: int, mesh: Mesh, dtype: Any) -> KVCache:
         """A cache with room for `size` tokens, on the mesh's first device, that holds what a forward computed."""
 
         def arrange(x_BTKH: jax.Array) -> jax.Array:
             x_BKTH = self.layout.collect(x_BTKH, 1)[:, : self.layout.length].swapaxes(1, 2)
-            return pad_axis(x_BKTH, 2, size)
+            x_ZTH = x_BKTH.reshape(-1, *x_BKTH.shape[2:]).astype(dtype)
+            return pad_axis(x_ZTH, 1, size)
 
         arranged = jit(arrange, mesh)
         return KVCache(

@@ -7,7 +7,7 @@
 `check` says whether a kernel takes some sizes. Away from their device the two last are interpreted: correct, and slow.
 
 Every function takes q_BTNH, k_BKHS (keys transposed: on a CPU their product with the queries is several times faster
-that way) and v_BKSH, all of one dtype. Scores, softmax and sums are float32 whatever that dtype is; the output has the
+that way) and v_BKSH, all of one dtype. Scores, softmax and sums are float32 for every dtype; the output has the
 dtype of q. Letters, and the order in which tiles travel, as in kascade_core.
 
 Without a `layout`, T = S = the sequence, of any length. With one, the call stands inside `jax.shard_map` or pads its

@@ -1,6 +1,6 @@
 """Dense, anchor and reuse attention on an NVIDIA GPU: Pallas kernels through Triton, for key tiles of 16 to 128 tokens.
 
-Reuse reads the chosen keys of one query tile, in each step as many as fill the matrix units, whatever the tile's size.
+Reuse reads the chosen keys of one query tile, for any tile size as many in a step as fill the matrix units.
 Scoring reads the causal keys once. A row's total is known only after its last key, so each row's sums of exp(score),
 one for each key tile, under their block's own maximum, are kept in a scratch of fixed size; one fused reduction then
 rescales and pools them. To bound that scratch, query tiles are scored in chunks, and no [Q, P] scores are ever kept.
@@ -73,7 +73,8 @@ def dense(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layou
     check(Selection(tile_size=LEAST_TILE), layout.length, q_BTNH.shape[-1], q_BTNH.dtype)
     if layout.num_shards == 1 and jax.default_backend() == "gpu":  # without a GPU, JAX cannot even trace cuDNN's
         k_BSKH, v_BSKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
-        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
+        with jax.numpy_dtype_promotion("standard"):  # JAX's own function relies on it, whatever the user has set
+            return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
     M = math.gcd(layout.block, TILE_SIZES[-1])
     tiles_QC = causal_tiles(layout, M)
     tiles_BKQC = jnp.broadcast_to(tiles_QC, (*k_BKHS.shape[:2], *tiles_QC.shape))
@@ -110,10 +111,11 @@ def reuse(
     check(selection, layout.length, q_BTNH.shape[-1], q_BTNH.dtype)
     (B, T, N, H), (K, S) = q_BTNH.shape, v_BKSH.shape[1:3]
     M, Y = selection.tile_size, selection.query_tile
-    used_BKQ = (tiles_BKQC != NO_TILE).sum(-1)
+    used_BKQ1 = (tiles_BKQC != NO_TILE).sum(-1, keepdims=True)
     in_step = max(REUSE_KEYS // M, 1)
     slots = tile_count(tiles_BKQC.shape[-1], in_step) * in_step
-    tiles_BKQC = jnp.where(jnp.arange(slots) < used_BKQ[..., None], pad_axis(tiles_BKQC, 3, slots), NO_TILE)
+    used_BKQC = jnp.arange(slots)[None, None, None] < used_BKQ1
+    tiles_BKQC = jnp.where(used_BKQC, pad_axis(tiles_BKQC, 3, slots), NO_TILE)
     rows = _pad_rows(Y * N // K)
     sizes = _Reuse(T, S, N, K, T // Y, slots, M, Y, min(rows, ROWS))
     keys, values = (x.reshape(B * K * S, H) for x in (k_BKHS.swapaxes(2, 3), v_BKSH))  # a key is one piece
@@ -130,7 +132,7 @@ def reuse(
 
     run = _on_gpu_or_interpreted(attend)
     first_Q = layout.local_positions()[::Y]
-    out = run(first_Q, used_BKQ.reshape(-1), tiles_BKQC.reshape(-1), q_BTNH.reshape(B * T * N, H), keys, values)
+    out = run(first_Q, used_BKQ1.reshape(-1), tiles_BKQC.reshape(-1), q_BTNH.reshape(B * T * N, H), keys, values)
     return out.reshape(B, T, N, H)
 
 
@@ -155,7 +157,7 @@ def _reuse_kernel(first_ref, used_ref, tiles_ref, q_ref, k_ref, v_ref, out_ref, 
         key = jnp.where(chosen, tile, 0) * M + lax.rem(slot, M)
         scores = plgpu.dot(q_RH, k_ref[z * sizes.S + key, :], trans_b=True)
         if masked:
-            scores = jnp.where(chosen & (key <= position_R1), scores, -jnp.inf)
+            scores = jnp.where(chosen[None] & (key[None] <= position_R1), scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1) * scale)
         weights = jnp.exp2(scores * scale - new_top[:, None])
         shrink = jnp.exp2(top - new_top)
@@ -247,10 +249,10 @@ def _scored_rows(selection: Selection, layout: Layout, group_size: int) -> tuple
     The rows of one token, one for each query head of the KV head, are consecutive.
     """
     Y = selection.query_tile
-    offset_R = jnp.repeat(jnp.asarray(selection.scored_rows(), jnp.int32), group_size)
+    offset_1R = jnp.repeat(jnp.asarray(selection.scored_rows(), jnp.int32), group_size)[None]
     first_Q = layout.local_positions()[::Y]
-    token_QR = jnp.arange(len(first_Q), dtype=jnp.int32)[:, None] * Y + offset_R
-    position_QR = first_Q[:, None] + offset_R
+    token_QR = jnp.arange(len(first_Q), dtype=jnp.int32)[:, None] * Y + offset_1R
+    position_QR = first_Q[:, None] + offset_1R
     return token_QR, jnp.where(position_QR < layout.length, position_QR, -1)
 
 
@@ -296,7 +298,7 @@ def _score_kernel(
         key = j * W + jnp.arange(W)
         scores = plgpu.dot(q_RH, k_ref[z * sizes.S + key, :], trans_b=True)
         if masked:
-            scores = jnp.where(key <= position[:, None], scores, -jnp.inf)
+            scores = jnp.where(key[None] <= position[:, None], scores, -jnp.inf)
         block_top = jnp.maximum(scores.max(-1) * scale, LEAST)
         weights = jnp.exp2(scores * scale - block_top[:, None])
         mass = weights.reshape(R, W // M, M).sum(-1) if M < W else weights.sum(-1, keepdims=True)
@@ -321,7 +323,7 @@ def _pool(mass: jax.Array, tops: jax.Array, total: jax.Array, steps: jax.Array, 
     groups, parts, P, R = mass.shape
     blocks = tops.shape[2]
     share = jnp.exp2(tops - total)[:, :, :, None]
-    seen = (jnp.arange(blocks) < steps[..., None])[..., None, None]
+    seen = (jnp.arange(blocks)[None, None] < steps[..., None])[..., None, None]
     mass = jnp.where(seen, mass.reshape(groups, parts, blocks, P // blocks, R) * share, 0)
     mass = mass.reshape(groups, parts, P, tiles_per_group, R // tiles_per_group)
     return mass.sum((1, 4)).swapaxes(1, 2)

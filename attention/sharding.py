@@ -22,6 +22,7 @@ BLOCK = 256  # tokens in a block of queries or of keys, at most: its scores stay
 
 # How an array is split over the mesh, by what it holds.
 WHOLE = PartitionSpec()  # parameters, keys and values: every device has all of it
+FIRST = PartitionSpec(AXIS)  # split along the first axis
 ROWS = PartitionSpec(None, AXIS)  # [B, T, ...]: tokens, queries, outputs
 TILES = PartitionSpec(None, None, AXIS)  # [B, K, Q, ...]: tiles of each KV head and query tile
 
@@ -80,7 +81,7 @@ class Layout:
 
     def local_positions(self) -> jax.Array:
         """int32 [T]: the position in the sequence of each token of the calling shard."""
-        return (self.local_blocks()[:, None] * self.block + jnp.arange(self.block)).reshape(-1)
+        return (self.local_blocks()[:, None] * self.block + jnp.arange(self.block)[None]).reshape(-1)
 
     def spread(self, x: jax.Array, axis: int, unit: int = 1) -> jax.Array:
         """From the sequence's order to the shards': pads an axis of tokens, or of tiles of `unit` tokens, and permutes.
@@ -112,8 +113,8 @@ def pad_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
 def causal_tiles(layout: Layout, tile_size: int) -> jax.Array:
     """tiles_QC of a dense layer, ascending: every tile up to its own, for the query tiles of the calling shard."""
     own_Q1 = layout.local_positions()[::tile_size, None] // tile_size
-    tiles_C = jnp.arange(layout.padded // tile_size)
-    return jnp.where(tiles_C <= own_Q1, tiles_C, NO_TILE)
+    tiles_1C = jnp.arange(layout.padded // tile_size)[None]
+    return jnp.where(tiles_1C <= own_Q1, tiles_1C, NO_TILE)
 
 
 def gather_keys(x: jax.Array, axis: int, layout: Layout) -> jax.Array:

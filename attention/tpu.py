@@ -113,9 +113,7 @@ def _reuse(
     _, Q, R, _ = q_ZQRH.shape
     used_ZQ = (tiles_BKQC != NO_TILE).sum(-1).reshape(B * K, Q)
     last_ZQ1 = jnp.take_along_axis(tiles_BKQC.reshape(B * K, Q, C), used_ZQ[..., None] - 1, axis=-1)
-    tiles_ZQC = jnp.minimum(
-        tiles_BKQC.reshape(B * K, Q, C), last_ZQ1
-    )  # unused slots repeat the last tile, which is not copied again
+    tiles_ZQC = jnp.minimum(tiles_BKQC.reshape(B * K, Q, C), last_ZQ1)  # unused slots repeat the last: no new copy
 
     def attend(interpret: bool) -> Callable[..., Any]:
         return pl.pallas_call(
@@ -190,7 +188,7 @@ def choose(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: L
     steps, W = tile_count(P, at_once), at_once * M
     k_ZHS = pad_axis(k_BKHS.reshape(B * K, H, -1), 2, steps * W)
     rows_Q = layout.local_positions()[::Y]
-    rows_QR = rows_Q[:, None] + jnp.tile(jnp.asarray(offsets, jnp.int32), R // len(offsets))
+    rows_QR = rows_Q[:, None] + jnp.tile(jnp.asarray(offsets, jnp.int32), R // len(offsets))[None]
 
     def score(interpret: bool) -> Callable[..., Any]:
         return pl.pallas_call(

@@ -49,7 +49,7 @@ def dense(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layou
         def step(key_block, carry, masked):
             top, total, out = carry
             scores = _block_scores(q_GRH, k_ZHS, head, key_block, R)
-            scores = jnp.where(jnp.tri(R, dtype=bool), scores, -jnp.inf) if masked else scores
+            scores = jnp.where(jnp.tri(R, dtype=bool)[None], scores, -jnp.inf) if masked else scores
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -92,7 +92,8 @@ def _score_blocks(
     R, M, Y = layout.block, selection.tile_size, selection.query_tile
     Q, num_tiles = R // Y, tile_count(layout.length, M)  # query tiles of one block, key tiles with real tokens
     k_ZHS = k_BKHS.reshape(B * K, H, S)
-    rows_R = (jnp.arange(Q)[:, None] * Y + selection.scored_rows()).reshape(-1)  # all of a block's rows, or a sample
+    rows_QR = jnp.arange(Q)[:, None] * Y + selection.scored_rows()[None]  # all of a block's rows, or a sample
+    rows_R = rows_QR.reshape(-1)
 
     def score_block(block: jax.Array, head: jax.Array, q_GRH: jax.Array) -> jax.Array:
         q_GRH = q_GRH if len(rows_R) == R else q_GRH[:, rows_R]
@@ -100,7 +101,7 @@ def _score_blocks(
         def step(key_block, carry, masked):
             tops, mass_GRP = carry  # of each row: its largest score in every block of keys, its mass in every tile
             scores = _block_scores(q_GRH, k_ZHS, head, key_block, R)
-            scores = jnp.where(jnp.arange(R) <= rows_R[:, None], scores, -jnp.inf) if masked else scores
+            scores = jnp.where((jnp.arange(R)[None] <= rows_R[:, None])[None], scores, -jnp.inf) if masked else scores
             top = scores.max(-1, keepdims=True)
             mass = jnp.exp(scores - top).reshape(*scores.shape[:-1], R // M, M).sum(-1)
             return (
@@ -139,10 +140,10 @@ def reuse(
         used_C1 = (tiles_C != NO_TILE)[:, None]
         index_C = head * P + jnp.where(used_C1[:, 0], tiles_C, 0)
         k_WH, v_WH = (x.at[index_C].get(mode="promise_in_bounds").reshape(C * M, H) for x in (k_tiles, v_tiles))
-        key_W = jnp.where(used_C1, tiles_C[:, None] * M + jnp.arange(M), NO_TILE).reshape(-1)
+        key_W = jnp.where(used_C1, tiles_C[:, None] * M + jnp.arange(M)[None], NO_TILE).reshape(-1)
         row_R1 = query_tile * Y + jnp.arange(Y)[:, None]
         scores = matmul("GRH,WH->GRW", q_GRH, k_WH) * H**-0.5
-        scores = jnp.where(key_W <= row_R1, scores, -jnp.inf)
+        scores = jnp.where((key_W[None] <= row_R1)[None], scores, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         out = matmul("GRW,WH->GRH", weights.astype(v_WH.dtype), v_WH)
         return (out / weights.sum(-1, keepdims=True)).astype(q_GRH.dtype)

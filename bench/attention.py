@@ -1,13 +1,13 @@
 """How fast are anchor and reuse attention beside the device's best dense attention, for one layer of a real shape?
 
-Random inputs, one device, Top-K a share of the causal tiles that grows with the position, as the paper's. Dense is
-cuDNN's on a GPU. Before a length is timed, what each program computes is compared with float32 on the first, the last
-and some other query tiles. Then the programs take turns; each turn of an accelerator is a queue of calls, on inputs
-that take turns too and together are larger than its cache, and the time of a call is the queue's over its calls. All
-take inputs as the model's layers have them, and bring keys and values into the order that they need. The weighted
-speedup is that of a model of 1 dense, 4 anchor and 27 reuse layers over one of 32 dense ones.
+Random inputs, one device; Top-K is a share of the causal tiles and grows with the position, as in the paper. Dense is
+cuDNN's on a GPU. Before a length is timed, the output of each program is compared with float32 on the first, the last
+and some other query tiles. Then the programs are timed in turns. On an accelerator a turn is a queue of calls, whose
+inputs alternate between copies that together exceed its cache; the time of a call is the queue's over its calls. All
+programs take inputs as the model's layers have them, and reorder keys and values themselves. The weighted speedup is
+that of a model of 1 dense, 4 anchor and 27 reuse layers over one of 32 dense layers.
 
-  python bench/attention.py --shape llama3.1-8b --seq_len 8192,32768,131072 --markdown table.md
+  python -m bench.attention --shape llama3.1-8b --seq_len 8192,32768,131072 --markdown table.md
 """
 
 from __future__ import annotations
@@ -28,39 +28,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from kascade_layout import tile_count
-from kascade_report import versions
-from kascade_setup import (
-    DTYPES,
-    at_least_one,
-    configure_device,
-    exit_on_bad_input,
-    lengths,
-    pick_dtype,
-    pick_kernel,
-    share,
-)
-
-import kascade_kernels as kernels
-from convert_weights import OneSentenceParser
-from kascade_core import EXACT, FAST, NO_TILE, Selection, compile_ahead
-from kascade_kernels import IMPLEMENTATIONS, time_interleaved
+import attention
+from attention.sharding import compile_ahead
+from errors import Parser, exit_on_bad_input
+from kascade_core import EXACT, FAST, NO_TILE, Selection, tile_count
+from measure.machine import configure_device, pick_kernel, time_interleaved
+from measure.settings import DTYPES, whole_number, whole_numbers
+from report.results import versions
 
 SHAPES = {"llama3.2-1b": (32, 8, 64), "llama3.1-8b": (32, 8, 128)}  # query heads, KV heads, head width
-WEIGHTS = {"dense": 1, "anchor": 4, "reuse": 27}  # layers; a dense layer 0 is never reused
+LAYERS = {"dense": 1, "anchor": 4, "reuse": 27}  # of the model that the weighted speedup is of
 CACHE_BYTES = 128e6  # more than any accelerator's last cache holds
 CEILING_SIZES = {"cpu": (1024, 2**24), "accelerator": (8192, 2**28)}  # a product's matrices, a copy's numbers
 QUEUE_SECONDS = 0.05  # a queue so long that starting it costs nothing
 CHECKED_TILES = 4
-LOST_MASS = 1e-3  # of the best tiles' attention mass, which near ties may cost
+LOST_MASS = 1e-3  # of the best tiles' attention mass: near ties may cost so much
 ANCHORS = {EXACT: "anchor, exact scoring", FAST: "anchor, fast scoring"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One length of one shape, how its tiles are chosen, and the implementations."""
+class AttentionCase:
+    """One length of one shape, how its tiles are chosen, and the kernels."""
 
     heads: tuple[int, int, int]
     length: int
@@ -82,76 +70,96 @@ class Case:
         keys = jax.random.split(jax.random.key(seed), 3)
         return tuple(jax.random.normal(key, shape, self.dtype) for key, shape in zip(keys, shapes))
 
+    def scored_by(self, scoring: str) -> Selection:
+        """The selection with this anchor scoring."""
+        return dataclasses.replace(self.selection, anchor_scoring=scoring)
+
     def compile(self, qkv: Sequence[jax.Array], tiles: jax.Array | None = None) -> dict[str, Callable[..., Any]]:
         """The programs of (q, k, v): dense and the anchors; or with tiles that of (q, k, v, tiles): reuse."""
-        where = {"selection": self.selection, "implementation": self.kernel}
         if tiles is not None:
-            return {"reuse": compile_ahead(partial(kernels.reuse_attention, **where), (*qkv, tiles), None)}
-        programs = {"dense": partial(kernels.dense_attention, implementation=self.dense_kernel)}
+            reuse = partial(attention.reuse, selection=self.selection, kernel=self.kernel)
+            return {"reuse": compile_ahead(reuse, (*qkv, tiles))}
+        programs = {"dense": partial(attention.dense, kernel=self.dense_kernel)}
         for scoring, name in ANCHORS.items():
-            selection = dataclasses.replace(self.selection, scoring=scoring)
-            programs[name] = partial(kernels.anchor_attention, **where | {"selection": selection})
-        return {name: compile_ahead(program, qkv, None) for name, program in programs.items()}
+            programs[name] = partial(attention.anchor, selection=self.scored_by(scoring), kernel=self.kernel)
+        return {name: compile_ahead(program, qkv) for name, program in programs.items()}
 
 
 # --- Correctness ---
 
+Reference = Callable[..., tuple[np.ndarray, np.ndarray]]
 
-def reference(
-    case: Case, qkv: Sequence[jax.Array], query_tile: int, tiles_KC: np.ndarray | None, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """float32 attention of one query tile's `rows`: out [K, rows, G, H], and the mass of each key tile [K, P].
 
-    Over the whole past, or over the given tiles of each KV head.
+def compile_reference(case: AttentionCase, qkv: Sequence[jax.Array]) -> Reference:
+    """reference(query_tile, tiles_KC): float32 attention of one query tile to the given tiles of each KV head.
+
+    Without tiles it is attention to the whole past. Returns out_KYGH, and mass_KYP: each row's attention mass in each
+    key tile, summed over the KV head's query heads.
     """
-    (N, K, H), T, M = case.heads, case.length, case.selection.tile_size
-    q_BTNH, k_BKHS, v_BKSH = qkv
-    rows = query_tile * case.selection.query_tile + rows
-    q_KRGH = q_BTNH[0, rows].reshape(len(rows), K, N // K, H).swapaxes(0, 1)
-    seen_KP = np.ones((K, tile_count(T, M)), bool)
-    if tiles_KC is not None:
-        seen_KP[:] = [np.isin(np.arange(seen_KP.shape[1]), tiles) for tiles in tiles_KC]
-    outs, masses = _reference(q_KRGH, k_BKHS[0], v_BKSH[0], jnp.asarray(seen_KP), jnp.asarray(rows), M)
-    return np.asarray(outs), np.asarray(masses)
+    P, Y = tile_count(case.length, case.selection.tile_size), case.selection.query_tile
+    attend = partial(_attend_exactly, tile_size=case.selection.tile_size, query_tile=Y)
+    seen_KP = np.ones((case.heads[1], P), bool)
+    compiled = compile_ahead(attend, (*qkv, np.int32(0), seen_KP))
+
+    def reference(query_tile: int, tiles_KC: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        chosen_KP = seen_KP if tiles_KC is None else np.array([np.isin(np.arange(P), tiles) for tiles in tiles_KC])
+        out_KYGH, mass_KYP = compiled(*qkv, np.int32(query_tile * Y), chosen_KP)
+        return np.asarray(out_KYGH), np.asarray(mass_KYP)
+
+    return reference
 
 
-@partial(jax.jit, static_argnums=5)
-def _reference(q_KRGH: Any, k_KHS: Any, v_KSH: Any, seen_KP: Any, rows_R: Any, tile_size: int) -> Any:
-    """One KV head after the other, so that a head's [R, G, T] is all that there is at a time."""
-    T, precise = k_KHS.shape[2], {"precision": lax.Precision.HIGHEST}
+def _attend_exactly(
+    q_BTNH: jax.Array,
+    k_BKHS: jax.Array,
+    v_BKSH: jax.Array,
+    first_row: jax.Array,
+    seen_KP: jax.Array,
+    tile_size: int,
+    query_tile: int,
+) -> tuple[jax.Array, jax.Array]:
+    """One KV head after the other, so that only one head's [Y, G, S] scores exist at a time."""
+    (_, K, H, S), N = k_BKHS.shape, q_BTNH.shape[2]
+    rows_Y = first_row + jnp.arange(query_tile)
+    q_KYGH = q_BTNH[0, rows_Y].reshape(query_tile, K, N // K, H).swapaxes(0, 1)
 
-    def attend(head: tuple[Any, ...]) -> tuple[Any, Any]:
-        q_RGH, k_HS, v_SH, seen_P = head
-        scores = jnp.einsum("RGH,HS->RGS", *(x.astype(jnp.float32) for x in (q_RGH, k_HS)), **precise)
-        visible_RS = (jnp.arange(T) <= rows_R[:, None]) & jnp.repeat(seen_P, tile_size)[:T]
-        weights = jax.nn.softmax(jnp.where(visible_RS[:, None], scores * q_RGH.shape[-1] ** -0.5, -jnp.inf))
-        mass_S = jnp.pad(weights.sum((0, 1)), (0, len(seen_P) * tile_size - T))
-        out = jnp.einsum("RGS,SH->RGH", weights, v_SH.astype(jnp.float32), **precise)
-        return out, mass_S.reshape(len(seen_P), tile_size).sum(-1)
+    def attend(head: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q_YGH, k_HS, v_SH, seen_P = head
+        q_YGH, k_HS, v_SH = (x.astype(jnp.float32) for x in (q_YGH, k_HS, v_SH))
+        scores = jnp.einsum("YGH,HS->YGS", q_YGH, k_HS, precision=lax.Precision.HIGHEST) * H**-0.5
+        visible_YS = (jnp.arange(S)[None] <= rows_Y[:, None]) & jnp.repeat(seen_P, tile_size)[None, :S]
+        weights = jax.nn.softmax(jnp.where(visible_YS[:, None], scores, -jnp.inf))
+        mass_YS = jnp.pad(weights.sum(1), ((0, 0), (0, len(seen_P) * tile_size - S)))
+        out_YGH = jnp.einsum("YGS,SH->YGH", weights, v_SH, precision=lax.Precision.HIGHEST)
+        return out_YGH, mass_YS.reshape(query_tile, len(seen_P), tile_size).sum(-1)
 
-    return lax.map(attend, (q_KRGH, k_KHS, v_KSH, seen_KP))
+    return lax.map(attend, (q_KYGH, k_BKHS[0], v_BKSH[0], seen_KP))
 
 
-def check(case: Case, qkv: Sequence[jax.Array], programs: dict[str, Callable[..., Any]], tiles: jax.Array) -> str:
+def check_programs(
+    case: AttentionCase, qkv: Sequence[jax.Array], programs: dict[str, Callable[..., Any]], tiles: jax.Array
+) -> str:
     """Compares every program with float32; returns the errors in words.
 
     Raises:
-      SystemExit: a program computes something else; its numbers would mean nothing.
+      SystemExit: a program computes something else, so its times would mean nothing.
     """
+    reference = compile_reference(case, qkv)
     results = {name: program(*qkv) for name, program in programs.items() if name != "reuse"}
     outputs = {"dense": (results["dense"], None), "reuse": (programs["reuse"](*qkv, tiles), tiles)}
     outputs |= {name: results[name] for name in ANCHORS.values()}
-    every, Q = np.arange(case.selection.query_tile), case.length // case.selection.query_tile
-    places = sorted({*np.linspace(0, Q - 1, CHECKED_TILES).astype(int).tolist()})
+    Q = case.length // case.selection.query_tile
+    query_tiles = sorted({*np.linspace(0, Q - 1, CHECKED_TILES).astype(int).tolist()})
     tolerance = max(float(jnp.finfo(case.dtype).eps), 1e-5)
     words = []
     for name, (out, chosen) in outputs.items():
-        error = np.max([_error(case, qkv, place, out, chosen, every) for place in places])  # NaN stays NaN
+        error = np.max([_error(reference, query_tile, out, chosen) for query_tile in query_tiles])  # NaN stays NaN
         if not error <= tolerance:
             raise SystemExit(f"error: {name} at {case.length} tokens is {error:.1e} away from float32: nothing timed")
         words.append(f"{name} {error:.1e}")
     for scoring, name in ANCHORS.items():
-        lost = np.max([_lost_mass(case, qkv, place, results[name][1], scoring) for place in places])
+        selection, chosen = case.scored_by(scoring), results[name][1]
+        lost = np.max([_lost_mass(reference, selection, query_tile, chosen) for query_tile in query_tiles])
         if not lost <= LOST_MASS:
             raise SystemExit(
                 f"error: {name} at {case.length} tokens misses {lost:.1e} of the best tiles: nothing timed"
@@ -159,28 +167,25 @@ def check(case: Case, qkv: Sequence[jax.Array], programs: dict[str, Callable[...
     return f"{case.length} tokens, relative errors against float32: {', '.join(words)}"
 
 
-def _error(
-    case: Case, qkv: Sequence[jax.Array], place: int, out: jax.Array, tiles: jax.Array | None, rows: np.ndarray
-) -> float:
+def _error(reference: Reference, query_tile: int, out: jax.Array, tiles: jax.Array | None) -> float:
     """Relative error of one query tile's output, in the Euclidean norm."""
-    expected, _ = reference(case, qkv, place, None if tiles is None else np.asarray(tiles[0, :, place]), rows)
-    got = np.asarray(out[0, place * len(rows) :][: len(rows)], np.float32)
-    got = got.reshape(len(rows), len(expected), -1, got.shape[-1]).swapaxes(0, 1)
+    expected, _ = reference(query_tile, None if tiles is None else np.asarray(tiles[0, :, query_tile]))
+    K, Y, G, H = expected.shape
+    got = np.asarray(out[0, query_tile * Y : (query_tile + 1) * Y], np.float32).reshape(Y, K, G, H).swapaxes(0, 1)
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-def _lost_mass(case: Case, qkv: Sequence[jax.Array], place: int, tiles: jax.Array, scoring: str) -> float:
-    """Of the mass that the best tiles hold in the scored rows, what the chosen ones lack; 1 for a wrong count.
+def _lost_mass(reference: Reference, selection: Selection, query_tile: int, tiles: jax.Array) -> float:
+    """The share of the best tiles' mass, in the scored rows, that the chosen tiles lack; 1 for a wrong number of tiles.
 
-    How many there are to choose is counted here anew; a query tile's own are not weighed, but must be there.
+    How many there are to choose is counted here anew. A query tile's own tiles are not weighed, but must be there.
     """
-    selection = dataclasses.replace(case.selection, scoring=scoring)
-    _, mass_KP = reference(case, qkv, place, None, selection.scored_rows())
-    M, first, end = selection.tile_size, place * selection.query_tile, (place + 1) * selection.query_tile
+    mass_KP = reference(query_tile)[1][:, selection.scored_rows()].sum(1)
+    M, first, end = selection.tile_size, query_tile * selection.query_tile, (query_tile + 1) * selection.query_tile
     past, seen = first // M, tile_count(end, M)
-    count = min(max(math.ceil(selection.density * seen - 1e-4), selection.always), seen)
+    count = min(max(math.ceil(selection.density * seen - 1e-4), selection.num_kept_tiles), seen)
     lost = []
-    for mass_P, chosen in zip(mass_KP[:, :past], np.asarray(tiles[0, :, place])):
+    for mass_P, chosen in zip(mass_KP[:, :past], np.asarray(tiles[0, :, query_tile])):
         chosen = {*chosen[chosen != NO_TILE].tolist()}
         others = sorted(chosen - {*range(past, seen)})
         if len(chosen) != count or len(others) != count - (seen - past):
@@ -193,41 +198,40 @@ def _lost_mass(case: Case, qkv: Sequence[jax.Array], place: int, tiles: jax.Arra
 # --- Measuring ---
 
 
-def count_pairs(case: Case, tiles_BKQC: np.ndarray) -> tuple[float, float]:
+def count_pairs(case: AttentionCase, tiles_BKQC: np.ndarray) -> tuple[float, float]:
     """Causal (query, key) pairs, and those in the chosen tiles, of one query head: averages over the heads."""
     T, Y, M = case.length, case.selection.query_tile, case.selection.tile_size
     first_Q = np.arange(tiles_BKQC.shape[2]) * Y
-    own_start_Q, block = first_Q // M * M, max(Y // M, 1)
-    own_Q = Y * (first_Q - own_start_Q) + Y * (Y + 1) / 2
+    own_pairs_Q = Y * (first_Q - first_Q // M * M) + Y * (Y + 1) / 2
     used_Q = (tiles_BKQC != NO_TILE).sum(-1).mean((0, 1))
-    return T * (T + 1) / 2, float(((used_Q - block) * M * Y + own_Q).sum())
+    return T * (T + 1) / 2, float(((used_Q - case.selection.own_tiles) * M * Y + own_pairs_Q).sum())
 
 
-def count_flops(case: Case, causal_pairs: float, chosen_pairs: float) -> dict[str, float]:
-    """Operations of the matrix products that each program needs: masked pairs are not counted."""
-    (N, _, H), selection = case.heads, case.selection
+def count_flops(case: AttentionCase, causal_pairs: float, chosen_pairs: float) -> dict[str, float]:
+    """Operations of the matrix products that each program needs; masked pairs are not counted."""
+    N, _, H = case.heads
     causal, chosen = (4 * N * H * pairs for pairs in (causal_pairs, chosen_pairs))
-    fast = len(dataclasses.replace(selection, scoring=FAST).scored_rows()) / selection.query_tile
+    fast = len(case.scored_by(FAST).scored_rows()) / case.selection.query_tile
     anchors = {ANCHORS[EXACT]: causal / 2 + chosen, ANCHORS[FAST]: causal / 2 * fast + chosen}
     return {"dense": causal, **anchors, "reuse": chosen}
 
 
 def queue(call: Callable[..., Any], inputs: Sequence[Sequence[jax.Array]], calls: int) -> Any:
-    """Calls one after the other, not waiting for any; returns the last one's result."""
+    """Starts `calls` calls without waiting for any; returns the last one's result."""
     result = None
     for i in range(calls):
         result = call(*inputs[i % len(inputs)])
     return result
 
 
-def measure(case: Case, n_runs: int) -> tuple[dict[str, list[float]], np.ndarray, str]:
-    """Milliseconds of a call of each program, the reuse layer's tiles, and how exact they are."""
+def time_programs(case: AttentionCase, n_runs: int) -> tuple[dict[str, list[float]], np.ndarray, str]:
+    """Milliseconds of a call of each program, the tiles of reuse, and the programs' errors in words."""
     qkv = case.inputs(0)
     programs = case.compile(qkv)
     tiles = programs[ANCHORS[EXACT]](*qkv)[1]
     programs |= case.compile(qkv, tiles)
-    exactness = check(case, qkv, programs, tiles)
-    on_cpu = jax.default_backend() == "cpu"  # whose calls would run side by side, and are too long to need a queue
+    exactness = check_programs(case, qkv, programs, tiles)
+    on_cpu = jax.default_backend() == "cpu"  # its calls are too long to need a queue, and would run side by side
     num_sets = 1 if on_cpu else max(2, math.ceil(CACHE_BYTES / case.bytes))
     sets = [qkv, *(case.inputs(seed) for seed in range(1, num_sets))]
     turns, calls = {}, {}
@@ -243,21 +247,22 @@ def measure(case: Case, n_runs: int) -> tuple[dict[str, list[float]], np.ndarray
 
 
 def weighted_speedups(times: dict[str, list[float]], anchor: str) -> list[float]:
-    """Of 32 layers by WEIGHTS over as many dense ones, round by round."""
-    layers = sum(WEIGHTS.values())
+    """Of 32 layers by LAYERS over as many dense ones, round by round."""
+    layers = sum(LAYERS.values())
     return [
-        layers * dense / (WEIGHTS["dense"] * dense + WEIGHTS["anchor"] * chosen + WEIGHTS["reuse"] * reused)
+        layers * dense / (LAYERS["dense"] * dense + LAYERS["anchor"] * chosen + LAYERS["reuse"] * reused)
         for dense, chosen, reused in zip(times["dense"], times[anchor], times["reuse"])
     ]
 
 
 def measure_ceilings(dtype: Any) -> tuple[float, float]:
-    """TFLOP/s of a large matrix product, and GB/s of a copy, counting what is read and written; medians of 5."""
+    """TFLOP/s of a large matrix product, and GB/s of a copy, counting reads and writes; medians of 5."""
     size, length = CEILING_SIZES["cpu" if jax.default_backend() == "cpu" else "accelerator"]
     a, b = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in range(2))
     x = jax.random.normal(jax.random.key(2), (length,), jnp.float32)
-    turns = {"product": partial(jax.jit(jnp.matmul), a, b), "copy": partial(jax.jit(jnp.negative), x)}
-    samples = time_interleaved({name: partial(queue, turn, [()], 10) for name, turn in turns.items()}, 5)
+    calls = {"product": (jnp.matmul, (a, b)), "copy": (jnp.negative, (x,))}
+    turns = {name: partial(queue, compile_ahead(*call), [call[1]], 10) for name, call in calls.items()}
+    samples = time_interleaved(turns, 5)
     product, copy = (statistics.median(samples[name]) / 10 / 1e3 for name in turns)
     return 2 * size**3 / product / 1e12, 2 * x.nbytes / copy / 1e9
 
@@ -273,8 +278,8 @@ def _spread(values: Sequence[float], form: Callable[[float], str] = _number) -> 
     return f"{form(statistics.median(values))} [{form(min(values))}, {form(max(values))}]"
 
 
-def format_rows(case: Case, times: dict[str, list[float]], tiles_BKQC: np.ndarray) -> str:
-    """A row a program."""
+def format_case(case: AttentionCase, times: dict[str, list[float]], tiles_BKQC: np.ndarray) -> str:
+    """The table's rows of one length, one for each program."""
     causal, chosen = count_pairs(case, tiles_BKQC)
     flops = count_flops(case, causal, chosen)
     lines = []
@@ -289,9 +294,9 @@ def format_rows(case: Case, times: dict[str, list[float]], tiles_BKQC: np.ndarra
     return "\n".join(lines)
 
 
-def describe(args: argparse.Namespace, device: jax.Device, kernel: str, dense: str, ceilings: Sequence[float]) -> str:
-    """What the table's numbers are of; the dtype of `args` is no longer "auto"."""
-    (N, K, H), (products, copies) = SHAPES[args.shape], ceilings
+def describe_table(args: argparse.Namespace, device: jax.Device, kernel: str, dense: str) -> str:
+    """What the table's numbers are of."""
+    (N, K, H), (products, copies) = SHAPES[args.shape], measure_ceilings(args.dtype)
     packages = ", ".join(f"{name} {versions()[name]}" for name in ("jax", "jaxlib"))
     return (
         f"{args.shape}: {N} query and {K} KV heads of width {H}; {device.device_kind}, {args.dtype}, {kernel}; dense "
@@ -305,22 +310,26 @@ def describe(args: argparse.Namespace, device: jax.Device, kernel: str, dense: s
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = OneSentenceParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "tpu", "gpu"], default="gpu", help="default: gpu")
     parser.add_argument("--shape", choices=[*SHAPES], default="llama3.1-8b", help="default: llama3.1-8b")
-    parser.add_argument("--seq_len", type=lengths, default=[8192, 32768, 131072], help="default: 8192,32768,131072")
-    parser.add_argument("--density", type=share, default=0.1, help="share of the causal tiles (default 0.1)")
-    parser.add_argument("--tile_size", type=at_least_one, default=128, help="tokens in a key tile (default 128)")
-    parser.add_argument("--query_tile", type=at_least_one, help="tokens that share a choice (default: tile_size)")
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: as the benchmark's")
     parser.add_argument(
-        "--kernel", choices=["auto", *IMPLEMENTATIONS], default="auto", help="default: the device's own"
+        "--seq_len", type=whole_numbers, default=(8192, 32768, 131072), help="default: 8192,32768,131072"
     )
-    parser.add_argument("--n_runs", type=at_least_one, default=10, help="timed rounds (default 10)")
+    parser.add_argument("--density", type=float, default=0.1, help="share of the causal tiles (default 0.1)")
+    parser.add_argument("--tile_size", type=whole_number, default=128, help="tokens in a key tile (default 128)")
+    parser.add_argument("--query_tile", type=whole_number, help="tokens that share a choice (default: tile_size)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    parser.add_argument(
+        "--kernel", choices=["auto", *attention.KERNELS], default="auto", help="default: the device's own"
+    )
+    parser.add_argument("--n_runs", type=whole_number, default=10, help="timed rounds (default 10)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to FILE as well")
     args = parser.parse_args(argv)
+    if args.n_runs < 1:
+        parser.error(f"n_runs must be at least 1, got {args.n_runs}")
     for length in args.seq_len:
-        if length % max(args.tile_size, args.query_tile or 1):
+        if length < 1 or length % max(args.tile_size, args.query_tile or 1, 1):
             parser.error(f"argument --seq_len: expected whole tiles, got {length} tokens")
     return args
 
@@ -329,22 +338,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Checks and times one length after the other."""
     args = parse_args(argv)
     with exit_on_bad_input():
-        device = configure_device(args.device)[0]
-        args.dtype, heads = pick_dtype(args.dtype, args.device), SHAPES[args.shape]
-        dtype = DTYPES[args.dtype]
-        selection = Selection(tile_size=args.tile_size, query_tile=args.query_tile, density=args.density, top_k=10**6)
-        this = {"dtype": args.dtype, "head_dim": heads[2], "capability": getattr(device, "compute_capability", None)}
-        kernel, why = pick_kernel(args.kernel, args.device, selection, args.seq_len[-1], **this)
-        dense, _ = pick_kernel("auto", args.device, Selection(tile_size=128), args.seq_len[-1], **this)
+        device, heads = configure_device(args.device)[0], SHAPES[args.shape]
+        selection = Selection(args.tile_size, density=args.density, query_tile=args.query_tile, sink_tiles=0)
+        sizes = args.seq_len[-1], heads[2], args.dtype, getattr(device, "compute_capability", None)
+        kernel, why = pick_kernel(args.kernel, args.device, selection, *sizes)
+        dense, _ = pick_kernel("auto", args.device, Selection(tile_size=128), *sizes)
         dense_name = "cuDNN's" if dense == "pallas_gpu" else f"{dense}'s"
-        parts = [describe(args, device, f"{kernel} ({why})", dense_name, measure_ceilings(dtype)) + "\n"]
+        parts = [describe_table(args, device, f"{kernel} ({why})", dense_name) + "\n"]
         names = "tokens", "", "density", "ms", "of dense", "TFLOP/s", "GB/s", "weighted speedup"
         parts.append("| " + " | ".join(names) + " |" + "\n|" + "---|" * len(names))
         print("\n".join(parts), flush=True)
         for length in args.seq_len:
-            case = Case(heads, length, selection, dtype, kernel, dense)
-            times, tiles, exactness = measure(case, args.n_runs)
-            parts.append(format_rows(case, times, tiles))
+            case = AttentionCase(heads, length, selection, args.dtype, kernel, dense)
+            times, tiles, exactness = time_programs(case, args.n_runs)
+            parts.append(format_case(case, times, tiles))
             print(parts[-1], flush=True)
             print(exactness, file=sys.stderr, flush=True)
         if args.markdown:

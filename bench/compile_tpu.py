@@ -1,10 +1,11 @@
 """Do the TPU programs compile, fit and skip work? Compiled and counted, without a TPU: nothing is timed.
 
 The TPU's compiler (the package libtpu) runs on any Linux machine. Each row is one program for one chip of a topology:
-a layer's dense, anchor or reuse attention, or a whole block, of a LLaMA's shape, in bfloat16, tiles of 128, Top-K 10 %
-of the tiles. FLOPs are those of the matrix products in the traced program, grid steps multiplied out.
+a layer's dense, anchor or reuse attention, or a whole block, of a LLaMA's shape, in bfloat16, with tiles of 128 and
+Top-K 10 % of the tiles. FLOPs are those of the matrix products in the traced program, times the steps of loops and
+grids that they are in.
 
-  python bench/compile_tpu.py --markdown table.md        # needs: pip install "jax[tpu]"
+  python -m bench.compile_tpu --markdown table.md        # needs: pip install -r bench/requirements-tpu.txt
 """
 
 from __future__ import annotations
@@ -17,25 +18,22 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler alone is used: no TPU is looked for
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from kascade_layout import AXIS, Layout, tile_count
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-import kascade_kernels as kernels
-from kascade_core import ANCHOR, REUSE, LayerPlan, Selection, compile_forward
-from llama_model import Block, LlamaConfig, LlamaModel, rope_table
+import attention
+from attention.sharding import WHOLE, Layout, compile_ahead, make_mesh
+from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection, tile_count
+from llama_model import Block, LlamaModel, rope_table
+from weights.config import LlamaConfig
 
 TOPOLOGIES = {"v5e": ("v5e:2x2", 16e9), "v6e": ("v6e:2x2", 32e9)}  # name, bytes of HBM a chip
 LLAMA3 = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
@@ -52,7 +50,7 @@ TILE = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class CompiledProgram:
     """One compiled program."""
 
     topology: str
@@ -64,78 +62,92 @@ class Row:
     largest: int  # elements of the largest array in the compiled program
 
 
+def use_compiler_alone() -> None:
+    """JAX looks for no TPU. To be called before JAX's first computation."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several processes may compile at a time
+    jax.config.update("jax_platforms", "cpu")
+
+
 def select(length: int, share: float = 0.1) -> Selection:
     """Top-K a share of the tiles."""
-    return Selection(tile_size=TILE, top_k=max(1, int(tile_count(length, TILE) * share)))
+    return Selection(tile_size=TILE, top_k=max(1, int(tile_count(length, TILE) * share)), sink_tiles=0)
 
 
 def mesh_of(topology: str, chips: int = 1) -> Mesh:
-    """Chips of a topology that is not there."""
+    """Chips of a topology that this machine does not have."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[topology][0]).devices
-    return Mesh(np.array(devices[:chips]), (AXIS,))
+    return make_mesh(devices[:chips])
 
 
 def program(kind: str, config: LlamaConfig, length: int, selection: Selection) -> tuple[Callable[..., Any], list[Any]]:
     """A function, and the shapes of its arguments."""
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    where = {"implementation": "pallas_tpu"}
-    bf16 = jnp.bfloat16
-    q, k, v = ((1, length, N, H), bf16), ((1, K, H, length), bf16), ((1, K, length, H), bf16)
-    tiles = (1, K, tile_count(length, selection.query_tile), min(selection.top_k, tile_count(length, TILE))), jnp.int32
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    qkv = [shape((1, length, N, H)), shape((1, K, H, length)), shape((1, K, length, H))]
+    slots = selection.slots(tile_count(length, TILE))
+    tiles_BKQC = shape((1, K, tile_count(length, selection.query_tile), slots), dtype=jnp.int32)
     if kind == "dense":
-        return lambda q, k, v: kernels.dense_attention(q, k, v, **where), [q, k, v]
+        return partial(attention.dense, kernel="pallas_tpu"), qkv
     if kind == "anchor":
-        return lambda q, k, v: kernels.anchor_attention(q, k, v, selection=selection, **where), [q, k, v]
+        return partial(attention.anchor, selection=selection, kernel="pallas_tpu"), qkv
     if kind == "reuse":
-        return lambda q, k, v, t: kernels.reuse_attention(q, k, v, t, selection=selection, **where), [q, k, v, tiles]
+        return partial(attention.reuse, selection=selection, kernel="pallas_tpu"), [*qkv, tiles_BKQC]
+    x_BTD = shape((1, length, config.hidden_size), dtype=jnp.float32)
     plan = LayerPlan(REUSE, 1, tuple(range(K)))
-    block = Block(config, plan, selection, False, bf16, "pallas_tpu")
+    block = Block(config, plan, selection, calibrate=False, dtype=jnp.bfloat16, kernel="pallas_tpu")
     layout = Layout.of(length, selection.block)
-    x = (1, length, config.hidden_size), jnp.float32
 
-    def run(params: Any, x: jax.Array, tiles: jax.Array) -> jax.Array:
-        return block.apply(params, x, rope_table(config, jnp.arange(length)), tiles, layout)[0]
+    def layer(block: Block, x_BTD: jax.Array, tiles_BKQC: jax.Array) -> jax.Array:
+        stream, *_ = block.attend(x_BTD, rope_table(config, jnp.arange(length)[None]), tiles_BKQC, layout)
+        return block.feed(stream)
 
-    shapes = jax.eval_shape(
-        lambda x, t: block.init(jax.random.key(0), x, rope_table(config, jnp.arange(length)), t, layout),
-        *(jax.ShapeDtypeStruct(*a) for a in (x, tiles)),
+    params = jax.eval_shape(partial(block.init, jax.random.key(0), method=layer), x_BTD, tiles_BKQC)
+    return partial(block.apply, method=layer), [parameter_shapes(params), x_BTD, tiles_BKQC]
+
+
+def parameter_shapes(params: Any) -> Any:
+    """The parameters' shapes; matrices are bfloat16."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16 if leaf.ndim > 1 else jnp.float32), params
     )
-    params = jax.tree.map(lambda leaf: (leaf.shape, bf16 if leaf.ndim > 1 else jnp.float32), shapes)
-    return run, [params, x, tiles]
 
 
-def compile_row(topology: str, shape: str, length: int, kind: str, share: float = 0.1) -> Row:
+def on_every_chip(shapes: Any, mesh: Mesh) -> Any:
+    """The same shapes, of arrays that every chip of the mesh holds whole."""
+    sharding = NamedSharding(mesh, WHOLE)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def compile_row(topology: str, shape: str, length: int, kind: str, share: float = 0.1) -> CompiledProgram:
     """Compiles one program for one chip."""
+    mesh = mesh_of(topology)
     function, args = program(kind, SHAPES[shape], length, select(length, share))
-    where = NamedSharding(mesh_of(topology), PartitionSpec())
-    is_shape = lambda leaf: isinstance(leaf, tuple) and len(leaf) == 2 and isinstance(leaf[0], tuple)  # noqa: E731
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(*a, sharding=where), args, is_leaf=is_shape)
-    compiled = jax.jit(function).lower(*args).compile()
+    args = on_every_chip(args, mesh)
+    compiled = compile_ahead(function, args, mesh)
     flops = count_flops(jax.make_jaxpr(function)(*args).jaxpr)
-    return Row(topology, shape, length, kind, hbm_bytes(compiled), flops / 1e12, largest_array(compiled.as_text()))
+    return CompiledProgram(
+        topology, shape, length, kind, hbm_bytes(compiled), flops / 1e12, largest_array(compiled.as_text())
+    )
 
 
-def compile_model(topology: str, shape: str, length: int, chips: int = 1) -> Row:
+def compile_model(topology: str, shape: str, length: int, chips: int = 1) -> CompiledProgram:
     """Compiles a whole model's forward with its loss: one dense layer, an anchor in every fourth, the rest reuse."""
     config, mesh = SHAPES[shape], mesh_of(topology, chips)
     schedule = {i: (ANCHOR, None) if i % 4 == 1 else (REUSE, i - (i - 1) % 4) for i in range(config.num_hidden_layers)}
-    selection = select(length)
-    model = LlamaModel(
-        config, {**schedule, 0: ("DENSE", None)}, TILE, selection.top_k, dtype=jnp.bfloat16, kernel="pallas_tpu"
+    model = LlamaModel(config, {**schedule, 0: (DENSE, None)}, select(length), dtype=jnp.bfloat16, kernel="pallas_tpu")
+    ids = on_every_chip(jax.ShapeDtypeStruct((1, length), jnp.int32), mesh)
+    params = jax.eval_shape(
+        partial(LlamaModel(config).init, jax.random.key(0)), jax.ShapeDtypeStruct((1, 2), jnp.int32)
     )
-    where = NamedSharding(mesh, PartitionSpec())
-    ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=where)
-    init = lambda: LlamaModel(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))  # noqa: E731
-    params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16 if leaf.ndim > 1 else jnp.float32, sharding=where),
-        {"params": jax.eval_shape(init)["params"]},
+    compiled = model.compile(on_every_chip(parameter_shapes(params), mesh), ids, mesh).program
+    return CompiledProgram(
+        topology, shape, length, "model", hbm_bytes(compiled), 0.0, largest_array(compiled.as_text())
     )
-    compiled, _ = compile_forward(model, params, ids, mesh)
-    return Row(topology, shape, length, "model", hbm_bytes(compiled), 0.0, largest_array(compiled.as_text()))
 
 
 def hbm_bytes(compiled: Any) -> int:
-    """What a program takes of a chip's memory while it runs."""
+    """Bytes of a chip's memory that a program needs while it runs."""
     stats = compiled.memory_analysis()
     return stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
 
@@ -146,7 +158,7 @@ def largest_array(text: str) -> int:
 
 
 def count_flops(jaxpr: Any) -> int:
-    """Of the matrix products, loops and kernel grids multiplied out; of a condition's branches the most."""
+    """Of the matrix products, times the steps of loops and kernel grids; of a condition the branch with the most."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -164,11 +176,11 @@ def count_flops(jaxpr: Any) -> int:
 
 
 def causal_flops(config: LlamaConfig, length: int) -> int:
-    """Those of dense causal attention: two products over half of the square."""
+    """Of dense causal attention: two products over half of the square."""
     return 2 * config.num_attention_heads * config.head_dim * length * (length + 1)
 
 
-def format_rows(rows: Sequence[Row]) -> str:
+def format_row(rows: Sequence[CompiledProgram]) -> str:
     """A line of the Markdown table: one program, compiled for every topology."""
     row = rows[0]
     share = ""
@@ -183,11 +195,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table to FILE as well")
     args = parser.parse_args(argv)
+    use_compiler_alone()
     sizes = " | ".join(f"HBM, GB, {name}" for name in TOPOLOGIES)
     lines = [f"| shape | tokens | program | {sizes} | TFLOP (of dense causal attention) |", "|---" * 6 + "|"]
     print("\n".join(lines))
     for shape, length, kind in tqdm([*itertools.product(SHAPES, LENGTHS, KINDS)], disable=None):
-        lines.append(format_rows([compile_row(name, shape, length, kind) for name in TOPOLOGIES]))
+        lines.append(format_row([compile_row(name, shape, length, kind) for name in TOPOLOGIES]))
         print(lines[-1], flush=True)
     for chips in (1, 4):
         model = compile_model("v5e", "llama3.2-1b", 8192, chips)

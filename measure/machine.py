@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
 
 import attention
-from attention.sharding import compile_ahead
+from attention.sharding import FIRST, compile_ahead, place, shard
 from attention.xla import matmul
 from errors import InputError, UnsupportedError
 from kascade_core import Selection
@@ -43,7 +44,6 @@ def configure_device(device: str) -> list[jax.Device]:
         ("jax_enable_x64", False),  # dtypes here are explicit, and Python numbers must not widen them
         ("jax_disable_jit", False),
         ("jax_transfer_guard", "allow"),
-        ("jax_numpy_rank_promotion", "allow"),
     ):
         jax.config.update(name, value)
     with contextlib.suppress(RuntimeError):  # JAX is running already, and keeps the devices it has
@@ -182,3 +182,13 @@ def time_interleaved(runs: dict[str, Callable[[], Any]], n_runs: int) -> dict[st
             if i:
                 samples[name].append((time.perf_counter() - start) * 1e3)
     return samples
+
+
+BANDWIDTH_BYTES = 2**28  # read at a time: several times any cache
+
+
+def memory_bandwidth(mesh: jax.sharding.Mesh) -> float:
+    """Bytes a second that all devices of the mesh read together: the best of several sums over a large array."""
+    numbers = place(np.ones((mesh.size, BANDWIDTH_BYTES // 4 // mesh.size), np.float32), mesh, FIRST)
+    total = compile_ahead(shard(lambda x: x.sum(1), mesh, FIRST, FIRST), (numbers,), mesh)
+    return BANDWIDTH_BYTES / (min(time_interleaved({"sum": partial(total, numbers)}, 5)["sum"]) / 1e3)

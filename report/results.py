@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import importlib.metadata
 import json
 import math
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from errors import InputError
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, perplexity_of
 from llama_model import Comparison
 from report.statistics import correlation, standard_error, standard_error_of_share, student_quantile
@@ -290,6 +292,129 @@ class Timing:
         return statistics.median(self.dense_ms) / statistics.median(self.sparse_ms)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decoding:
+    """Decoding the tokens that follow the test windows, densely and sparsely.
+
+    Attributes:
+      depth: tokens of a window, which filled the cache.
+      steps: tokens decoded after it.
+      batch: windows decoded at once.
+      prefill: what filled the sparse arm's cache, "sparse" or "dense".
+      compared: for each window what each of its tokens lost, arrays [N].
+      compared_other_prefill: the same with the other kind of prefill.
+      layer_densities: counted in the steps.
+      dense_ms, sparse_ms: milliseconds a step, a sample for each pass.
+      dense_bytes, sparse_bytes: that a step reads, weights and cache.
+      bytes_per_second: the memory's measured bandwidth.
+    """
+
+    depth: int
+    steps: int
+    batch: int
+    prefill: str
+    compared: Sequence[Comparison]
+    compared_other_prefill: Sequence[Comparison]
+    layer_densities: Sequence[float]
+    dense_ms: Sequence[float]
+    sparse_ms: Sequence[float]
+    dense_bytes: int
+    sparse_bytes: int
+    bytes_per_second: float
+
+    @cached_property
+    def quality(self) -> Quality:
+        """Its statistics, as of the test windows."""
+        return Quality(self.compared, self.layer_densities)
+
+    @property
+    def speedup(self) -> float:
+        """Of the medians; below 1 where sparse is slower."""
+        return statistics.median(self.dense_ms) / statistics.median(self.sparse_ms)
+
+    def tokens_per_second(self, arm: str) -> float:
+        """Of all sequences together, by the median."""
+        return self.batch * 1e3 / statistics.median(self.dense_ms if arm == "dense" else self.sparse_ms)
+
+    def bandwidth_share(self, arm: str) -> float:
+        """Of the memory's measured bandwidth, that the median step reads its bytes at."""
+        ms, count = (self.dense_ms, self.dense_bytes) if arm == "dense" else (self.sparse_ms, self.sparse_bytes)
+        return count / (statistics.median(ms) / 1e3) / self.bytes_per_second
+
+    def to_json(self) -> dict[str, Any]:
+        """The report's "decode"."""
+        quality, other = self.quality, Quality(self.compared_other_prefill, self.layer_densities)
+        return {
+            "depth": self.depth,
+            "tokens": self.steps,
+            "batch": self.batch,
+            "prefill": self.prefill,
+            "windows": quality.windows,
+            "dense": {
+                "perplexity": quality.dense_perplexity,
+                "ms_per_token": list(self.dense_ms),
+                "bytes_per_step": self.dense_bytes,
+                "bandwidth_share": self.bandwidth_share("dense"),
+            },
+            "sparse": {
+                "perplexity": quality.sparse_perplexity,
+                "ms_per_token": list(self.sparse_ms),
+                "bytes_per_step": self.sparse_bytes,
+                "bandwidth_share": self.bandwidth_share("sparse"),
+            },
+            "delta_log_ppl": quality.delta_log_ppl,
+            "delta_log_ppl_se": quality.se_tokens,
+            "kl": quality.kl.mean,
+            "same_top1": quality.same_top1,
+            "density": quality.density,
+            "speedup": self.speedup,
+            "bytes_per_second": self.bytes_per_second,
+            "other_prefill": {
+                "delta_log_ppl": other.delta_log_ppl,
+                "delta_log_ppl_se": other.se_tokens,
+                "kl": other.kl.mean,
+                "same_top1": other.same_top1,
+            },
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthRow:
+    """Milliseconds a step at one depth of the cache, or why it was skipped; `beyond_context`: only time is meant."""
+
+    depth: int
+    batch: int
+    dense_ms: Sequence[float] = ()
+    keep_all_ms: Sequence[float] = ()
+    sparse_ms: Sequence[float] = ()
+    density: float | None = None
+    beyond_context: bool = False
+    skipped: str | None = None
+
+    @property
+    def length(self) -> int:
+        """The depth, as `break_even` asks for it."""
+        return self.depth
+
+    @property
+    def speedup(self) -> float | None:
+        """Of the medians; None where it was skipped."""
+        return None if self.skipped else statistics.median(self.dense_ms) / statistics.median(self.sparse_ms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """Greedy continuations, token ids."""
+
+    dense: tuple[int, ...]
+    sparse: tuple[int, ...]
+
+    @property
+    def part_at(self) -> int | None:
+        """The first token at which they differ, counted from 1; None where they do not."""
+        return next((i for i, (a, b) in enumerate(zip(self.dense, self.sparse, strict=True), 1) if a != b), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class SweepRow:
     """What --sweep measured at one length, or why it skipped it."""
@@ -307,7 +432,7 @@ class SweepRow:
         return None if self.skipped else statistics.median(self.dense_ms) / statistics.median(self.sparse_ms)
 
 
-def break_even(rows: Sequence[SweepRow]) -> tuple[int | None, int | None] | None:
+def break_even(rows: Sequence[SweepRow | DepthRow]) -> tuple[int | None, int | None] | None:
     """(longest slower length, next longer and faster one) between which sparse begins to be faster and stays so.
 
     None where nothing was measured; the first is None where sparse is faster at every length, the second where it is
@@ -365,6 +490,7 @@ class Results:
       limit_check: of the schedule, where a limit was asked for.
       long_context: with --long_ppl.
       attention_ms: samples of one layer's attention by kind: dense, selection, anchor, reuse.
+      decoding, depths, generated: with --decode, --depths and --generate.
     """
 
     settings: Any
@@ -381,6 +507,9 @@ class Results:
     sweep: Sequence[SweepRow] = ()
     peak_memory_bytes: int | None = None
     long_context: LongContext | None = None
+    decoding: Decoding | None = None
+    depths: Sequence[DepthRow] = ()
+    generated: Generated | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as --json writes it."""
@@ -413,6 +542,10 @@ class Results:
             "speedup": timing.speedup,
             "sweep": [dataclasses.asdict(row) | {"speedup": row.speedup} for row in self.sweep],
             "sweep_break_even": break_even(self.sweep),
+            "decode": self.decoding and self.decoding.to_json(),
+            "decode_depths": [dataclasses.asdict(row) | {"speedup": row.speedup} for row in self.depths],
+            "decode_break_even": break_even(self.depths),
+            "generate": self.generated and dataclasses.asdict(self.generated) | {"part_at": self.generated.part_at},
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 
@@ -440,19 +573,49 @@ def layer_types(plans: Sequence[LayerPlan]) -> str:
     return "".join("S" if plan.mode == REUSE else "F" for plan in plans)
 
 
+def is_stdout(path: Path | None) -> bool:
+    """Whether a report goes to the standard output."""
+    return str(path) in ("-", "/dev/stdout")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all; "-" and /dev/stdout are standard output."""
+    """Writes a file whole or not at all; "-" and /dev/stdout are standard output.
+
+    Raises:
+      InputError: the file cannot be written; what was there is as it was.
+    """
     text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
-    if str(path) in ("-", "/dev/stdout"):
+    if is_stdout(path):
         sys.stdout.write(text)
         return
     path = path.resolve()  # what a symbolic link points to, not the link
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        _remove_leftovers(path)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); give a file where there is room for it") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the temporary files beside `path` of processes that were killed while they wrote it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        pid = left.name.rsplit(".", 1)[1]
+        if pid.isdecimal() and not _runs(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's; no number of a process
+        pass
+    return True
 
 
 def _finite(value: Any) -> Any:

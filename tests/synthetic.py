@@ -1,8 +1,10 @@
-"""Small random LLaMA checkpoints, the same for the script that makes golden logits and for the tests that use them."""
+"""Small random LLaMA checkpoints of every kind, for the tests and for the script that makes golden logits."""
 
+import base64
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,6 +35,7 @@ HF_CONFIGS = {
 }  # fmt: skip
 for values in HF_CONFIGS.values():
     values |= dict(model_type="llama", max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu")
+SINGLE = "model.safetensors"
 LENGTHS = {"gqa_llama3_untied": 61, "gqa_default_tied": 13, "mha_llama3_tied": 37}
 
 
@@ -70,10 +73,19 @@ def token_ids(name: str) -> np.ndarray:
 
 def write_hf_folder(folder: Path, name: str, **changes: object) -> Path:
     """A Hugging Face checkpoint of HF_CONFIGS[name]; its words are "w0", "w1", ...; `changes` go to its config."""
-    config = HF_CONFIGS[name]
+    return write_hf(folder, HF_CONFIGS[name], **changes)
+
+
+def write_hf(folder: Path, config: dict, weights: dict | None = None, shards: int = 1, **changes: object) -> Path:
+    """A Hugging Face checkpoint; its words are "w0", "w1", ...; `changes` go to config.json alone."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]} | changes))
-    save_file(hf_weights(config), folder / "model.safetensors")
+    weights = hf_weights(config) if weights is None else weights
+    names = {key: f"model-{i % shards}.safetensors" if shards > 1 else SINGLE for i, key in enumerate(weights)}
+    for file in set(names.values()):
+        save_file({key: weights[key] for key in weights if names[key] == file}, folder / file)
+    if shards > 1:
+        (folder / f"{SINGLE}.index.json").write_text(json.dumps({"weight_map": names}))
     vocabulary = {f"w{i}": i for i in range(config["vocab_size"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -86,3 +98,160 @@ def repeating_text(num_words: int, vocab_size: int = 41, times: int = 4) -> str:
     """Words that come several times in a row: a model with tied embeddings expects the word it has just read."""
     words = np.random.default_rng(2).integers(0, vocab_size, -(-num_words // times)).repeat(times)
     return " ".join(f"w{word}" for word in words[:num_words])
+
+
+# --- Checkpoints of other programs: the same tensors under other names, in another order ---
+
+OURS = {  # ours -> (Hugging Face, GGUF, Meta), written out once more as the oracle
+    "attention_norm": ("input_layernorm", "attn_norm", "attention_norm"),
+    "attention/wq": ("self_attn.q_proj", "attn_q", "attention.wq"),
+    "attention/wk": ("self_attn.k_proj", "attn_k", "attention.wk"),
+    "attention/wv": ("self_attn.v_proj", "attn_v", "attention.wv"),
+    "attention/wo": ("self_attn.o_proj", "attn_output", "attention.wo"),
+    "ffn_norm": ("post_attention_layernorm", "ffn_norm", "ffn_norm"),
+    "feed_forward/w1": ("mlp.gate_proj", "ffn_gate", "feed_forward.w1"),
+    "feed_forward/w2": ("mlp.down_proj", "ffn_down", "feed_forward.w2"),
+    "feed_forward/w3": ("mlp.up_proj", "ffn_up", "feed_forward.w3"),
+}
+TOP = {
+    "tok_embeddings": ("model.embed_tokens", "token_embd", "tok_embeddings"),
+    "norm": ("model.norm", "output_norm", "norm"),
+    "output": ("lm_head", "output", "output"),
+}
+GGUF_FIELDS = {
+    "llama.block_count": "num_hidden_layers",
+    "llama.context_length": "max_position_embeddings",
+    "llama.embedding_length": "hidden_size",
+    "llama.feed_forward_length": "intermediate_size",
+    "llama.attention.head_count": "num_attention_heads",
+    "llama.attention.head_count_kv": "num_key_value_heads",
+    "llama.attention.key_length": "head_dim",
+    "llama.rope.dimension_count": "head_dim",
+    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+META_PARAMS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+}
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Hugging Face's q and k rows as Meta and llama.cpp order them: a head's row 2i is its i, row 2i + 1 its i + H/2."""
+    H = rows.shape[0] // heads
+    order = [head * H + i + half * H // 2 for head in range(heads) for i in range(H // 2) for half in (0, 1)]
+    return rows[order]
+
+
+def source_weights(config: dict, kind: int) -> dict[str, np.ndarray]:
+    """The tensors of `hf_weights` under another source's names (1 GGUF, 2 Meta), in its row order."""
+    weights, renamed = hf_weights(config), {}
+    for names in TOP.values():
+        if f"{names[0]}.weight" in weights:
+            renamed[f"{names[kind]}.weight"] = weights[f"{names[0]}.weight"]
+    for layer in range(config["num_hidden_layers"]):
+        for ours, names in OURS.items():
+            tensor = weights[f"model.layers.{layer}.{names[0]}.weight"]
+            if ours in ("attention/wq", "attention/wk"):
+                heads = config["num_attention_heads" if ours.endswith("q") else "num_key_value_heads"]
+                tensor = interleaved(tensor, heads)
+            renamed[f"{('blk', 'layers')[kind - 1]}.{layer}.{names[kind]}.weight"] = tensor
+    return renamed
+
+
+def expected_arrays(config: dict) -> dict[str, np.ndarray]:
+    """What a conversion must hold, flat: {chunk/our/name: array}."""
+    weights, expected = hf_weights(config), {}
+    for ours, names in TOP.items():
+        if f"{names[0]}.weight" in weights:
+            tensor = weights[f"{names[0]}.weight"]
+            expected[f"embeddings.pkl/{ours}"] = tensor.T if ours == "output" else tensor
+    for layer in range(config["num_hidden_layers"]):
+        for ours, names in OURS.items():
+            expected[f"layer_{layer}.pkl/{ours}"] = weights[f"model.layers.{layer}.{names[0]}.weight"].T
+    return expected
+
+
+def _byte_letters() -> str:
+    """GPT-2's letter for each byte."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in visible else next(others)) for byte in range(256))
+
+
+def gpt2_fields(**changes: object) -> dict[str, object]:
+    """A GGUF vocabulary of bytes with one merge, two special tokens and a user-defined one; None leaves a field out."""
+    tokens = [*_byte_letters(), "he", "<|end|>", "<|start|>", "<tool>"]
+    fields = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": [1] * 257 + [3, 3, 4]}
+    fields |= {"merges": ["h e"], "eos_token_id": 257, "bos_token_id": 258, "add_bos_token": True}
+    return {f"tokenizer.ggml.{key}": value for key, value in (fields | changes).items() if value is not None}
+
+
+def with_gguf_vocabulary(config: dict) -> dict:
+    """The config with room for the tokens of `gpt2_fields`."""
+    return config | {"vocab_size": 263}
+
+
+def write_gguf(
+    path: Path, config: dict, kind: str = "F32", weights: dict | None = None, architecture: str = "llama", **metadata
+) -> Path:
+    """A GGUF file: matrices of GGML type `kind`, norms float32. `metadata` has __ for dots; None leaves a key out."""
+    writer = gguf.GGUFWriter(path, architecture)
+    fields = {key: config[name] for key, name in GGUF_FIELDS.items()} | gpt2_fields()
+    fields["llama.rope.freq_base"] = config["rope_parameters"]["rope_theta"]
+    for key, value in (fields | {key.replace("__", "."): value for key, value in metadata.items()}).items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif value is not None:
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add[type(value)](key, value)
+    ggml = gguf.GGMLQuantizationType[kind]
+    for name, tensor in (source_weights(config, 1) if weights is None else weights).items():
+        dtype = ggml if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quantize(tensor, dtype), raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def rope_factors(config: dict) -> np.ndarray:
+    """llama.cpp's rope_freqs.weight, as its converter computes it from a Hugging Face config."""
+    rope, H = config["rope_parameters"], config["head_dim"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    old, factors = rope["original_max_position_embeddings"], []
+    for i in range(0, H, 2):
+        wavelength = 2 * np.pi * rope["rope_theta"] ** (i / H)
+        smooth = (old / wavelength - low) / (high - low)
+        middle = 1 / ((1 - smooth) / rope["factor"] + smooth)
+        factors.append(1 if wavelength < old / high else rope["factor"] if wavelength > old / low else middle)
+    return np.array(factors, np.float32)
+
+
+def meta_shards(config: dict, shards: int = 1, split_rows: bool = True) -> list[dict[str, np.ndarray]]:
+    """Meta's tensors in model-parallel parts; norms are whole in every part, and so is a table of RoPE frequencies."""
+    columns = ("wo", "w2") if split_rows else ("wo", "w2", "tok_embeddings")
+    parts = [{"rope.freqs": np.ones(config["head_dim"] // 2, np.float32)} for _ in range(shards)]
+    for name, tensor in source_weights(config, 2).items():
+        axis = 1 if name.split(".")[-2] in columns else 0
+        for i in range(shards):
+            parts[i][name] = np.split(tensor, shards, axis)[i] if tensor.ndim == 2 else tensor
+    return parts
+
+
+def write_meta(folder: Path, config: dict, shards: int = 1, **params: object) -> Path:
+    """A Meta folder but for its tensors, which are PyTorch's: its consolidated.NN.pth are empty."""
+    folder.mkdir()
+    values = {key: config[name] for key, name in META_PARAMS.items()} | {"vocab_size": -1}
+    values["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    (folder / "params.json").write_text(json.dumps(values | params))
+    for i in range(shards):
+        (folder / f"consolidated.{i:02d}.pth").touch()
+    words = [bytes([i]) for i in range(256)] + [b"he", b"xyz"]  # no merges lead to the last
+    lines = [f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words)]
+    (folder / "tokenizer.model").write_text("".join(lines))
+    return folder

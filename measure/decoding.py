@@ -1,0 +1,304 @@
+"""Decoding: test windows continued over the text's own tokens, and how long a token takes by depth."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from attention.sharding import on_first_device
+from errors import InputError
+from kascade_core import DENSE, LayerPlan, density_of_step, tile_count
+from llama_model import Comparison, Decoded, Decoder, Forward, KVCache, LlamaModel
+from measure.machine import free_memory, memory_bandwidth
+from measure.quality import compile_comparison
+from measure.settings import Settings
+from measure.texts import Windows
+from report.results import Decoding, DepthRow, Generated
+
+CACHE_DTYPE = {"cpu": "float32"}  # XLA's CPU reads keys in bfloat16 no faster; elsewhere the run's own dtype
+DEPTH_STEPS = 8  # tokens in one timed run of the table of depths
+SPARE_MEMORY = 0.9  # of the free memory, that a cache may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Arms:
+    """The two models of a run, their compiled prefills, and what all their programs have in common."""
+
+    dense: LlamaModel
+    sparse: LlamaModel
+    prefill: Mapping[str, Forward]  # "dense" and "sparse", compiled with their caches, for windows of one length
+    params: Any
+    mesh: Mesh
+
+    @property
+    def cache_dtype(self) -> Any:
+        """Of keys and values in the cache."""
+        return jnp.dtype(CACHE_DTYPE.get(self.mesh.devices.flat[0].platform, self.dense.dtype))
+
+
+def cache_size(model: LlamaModel, tokens: int) -> int:
+    """Room for so many tokens, in whole tiles."""
+    return tile_count(tokens, model.selection.tile_size) * model.selection.tile_size
+
+
+def check_cache_fits(model: LlamaModel, batch: int, tokens: int, dtype: Any, device: jax.Device) -> None:
+    """Raises InputError, with its size and the free memory, for caches of both arms that would not fit."""
+    needed = 2 * KVCache.bytes_needed(model.config, batch, cache_size(model, tokens), dtype)
+    free = free_memory(device)
+    if free is not None and needed > SPARE_MEMORY * free:
+        raise InputError(
+            f"decoding {batch} sequence(s) at a depth of {tokens} tokens needs caches of {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free: give a smaller --batch, --seq_len or --depths"
+        )
+
+
+# --- Over the text ---
+
+
+def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding:
+    """Decodes the tokens that follow each test window, densely and sparsely, and times every pass.
+
+    Args:
+      arms: the two models.
+      windows: with the tokens that follow each (`Windows.following`).
+      settings: `batch` windows are decoded at once, `prefill` says what filled the sparse arm's cache; passes are
+        repeated until each arm has `n_runs` samples.
+    """
+    steps = windows.following[0].size - 1
+    groups = _groups(windows, settings.batch)
+    size = cache_size(arms.dense, windows.test[0].size + steps)
+    params = on_first_device(arms.params, arms.mesh)
+    decoders = _compile({"dense": arms.dense, "sparse": arms.sparse}, params, settings.batch, size, steps, arms)
+    compared: dict[str, list[Comparison]] = {"sparse": [], "dense": []}
+    samples: dict[str, list[float]] = {"dense": [], "sparse": []}
+    for ids, following in groups:
+        passes = _Passes(arms, decoders, params, ids, following, size)
+        passes.warm_up()
+        for prefill in compared:
+            compared[prefill] += passes.compare(prefill)
+        while True:
+            for arm, times in samples.items():
+                times.append(passes.time(arm, settings.prefill))
+            if len(samples["dense"]) * len(groups) >= settings.n_runs:
+                break
+    depth = windows.test[0].size
+    return Decoding(
+        depth=depth,
+        steps=steps,
+        batch=settings.batch,
+        prefill=settings.prefill,
+        compared=compared[settings.prefill],
+        compared_other_prefill=compared["dense" if settings.prefill == "sparse" else "sparse"],
+        layer_densities=passes.layer_densities,
+        dense_ms=samples["dense"],
+        sparse_ms=samples["sparse"],
+        dense_bytes=bytes_per_step(arms.dense, arms, depth, settings.batch),
+        sparse_bytes=bytes_per_step(arms.sparse, arms, depth, settings.batch, passes.layer_densities),
+        bytes_per_second=memory_bandwidth(arms.mesh),
+    )
+
+
+def _groups(windows: Windows, batch: int) -> list[tuple[list[jax.Array], jax.Array]]:
+    """`batch` windows at a time with the ids [B, N + 1] that follow them; a last, smaller group is left out."""
+    pairs = [(ids, after) for ids, after in zip(windows.test, windows.following, strict=False) if after is not None]
+    if len(pairs) < batch:
+        raise InputError(
+            f"batch {batch} needs as many test windows with tokens that follow them, and the text holds {len(pairs)}"
+        )
+    starts = range(0, len(pairs) - batch + 1, batch)
+    return [
+        ([ids for ids, _ in pairs[i : i + batch]], jnp.concatenate([after for _, after in pairs[i : i + batch]]))
+        for i in starts
+    ]
+
+
+def _compile(
+    models: Mapping[str, LlamaModel], params: Any, batch: int, size: int, steps: int, arms: Arms
+) -> dict[str, Decoder]:
+    """The models' steps, compiled side by side: the compiler leaves Python's lock."""
+    config = arms.dense.config
+    cache = jax.eval_shape(lambda: KVCache.empty(config, batch, size, arms.cache_dtype))
+    with ThreadPoolExecutor(len(models)) as pool:
+        jobs = {
+            name: pool.submit(model.compile_decode, params, cache, steps, arms.mesh) for name, model in models.items()
+        }
+        return {name: job.result() for name, job in jobs.items()}
+
+
+class _Passes:
+    """Decoding passes over the same tokens: caches filled once, each pass overwriting what the one before wrote."""
+
+    def __init__(
+        self,
+        arms: Arms,
+        decoders: Mapping[str, Decoder],
+        params: Any,
+        windows: Sequence[jax.Array],
+        following: jax.Array,
+        size: int,
+    ) -> None:
+        self.arms, self.decoders, self.params = arms, decoders, params
+        self.caches = {name: self._fill(forward, windows, size) for name, forward in arms.prefill.items()}
+        positions = jnp.full((len(windows),), windows[0].size, jnp.int32)
+        inputs = (following[:, :-1], positions)
+        self.ids_BN, self.positions_B = on_first_device(jax.tree.map(jnp.asarray, inputs), arms.mesh)
+        self.targets_BN = following[:, 1:]
+        self.layer_densities: list[float] = []
+        self._compare = compile_comparison(arms.dense, None)
+
+    def _fill(self, forward: Forward, windows: Sequence[jax.Array], size: int) -> KVCache:
+        caches = [
+            forward.fill_cache(forward(self.arms.params, ids), size, self.arms.mesh, self.arms.cache_dtype)
+            for ids in windows
+        ]
+        return caches[0] if len(caches) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+
+    def run(self, arm: str, prefill: str) -> Decoded:
+        """One pass of an arm on what `prefill` left in its cache."""
+        output = self.decoders[arm](self.params, self.ids_BN, self.positions_B, self.caches[prefill])
+        self.caches[prefill] = output.cache
+        return jax.block_until_ready(output)
+
+    def warm_up(self) -> None:
+        """The first runs, which are not counted."""
+        self.run("dense", "dense")
+        self.run("sparse", "sparse")
+
+    def time(self, arm: str, prefill: str) -> float:
+        """Milliseconds a step."""
+        start = time.perf_counter()
+        self.run(arm, "dense" if arm == "dense" else prefill)
+        return (time.perf_counter() - start) * 1e3 / self.ids_BN.shape[1]
+
+    def compare(self, prefill: str) -> list[Comparison]:
+        """What each sequence's tokens lose, [N] each, on the host."""
+        dense = self.run("dense", "dense")
+        sparse = self.run("sparse", prefill)
+        self.layer_densities = step_densities(self.arms.sparse, sparse.tiles, int(self.positions_B[0]))
+        streams = (dense.stream, sparse.stream)
+        result = jax.device_get(self._compare(self.params, *streams, on_first_device(self.targets_BN, self.arms.mesh)))
+        return [Comparison(*(np.asarray(values)[b] for values in result)) for b in range(len(self.ids_BN))]
+
+
+def step_densities(model: LlamaModel, tiles: Mapping[int, jax.Array], first_position: int) -> list[float]:
+    """Of each layer: attended tiles over all tiles that a step could attend to, counted over steps and heads."""
+    densities = []
+    for layer, plan in enumerate(model.schedule):
+        if plan.mode == DENSE:
+            densities.append(1.0)
+            continue
+        chosen = np.asarray(tiles[layer if plan.anchor is None else plan.anchor])  # [B, N, K, 1, C]
+        attended = np.asarray(plan.attended(jnp.asarray(chosen.reshape(-1, *chosen.shape[2:]))))
+        positions_N = first_position + np.arange(chosen.shape[1])
+        seen = positions_N // model.selection.tile_size + 1
+        densities.append(density_of_step(attended.reshape(chosen.shape[:3] + (-1,)), seen))
+    return densities
+
+
+def bytes_per_step(
+    model: LlamaModel, arms: Arms, depth: int, batch: int, layer_densities: Sequence[float] | None = None
+) -> int:
+    """What a step reads: the weights once, and of the cache what each kind of layer needs.
+
+    That is all keys and values (dense), all keys and the chosen values (anchor), the chosen keys and values (reuse).
+    """
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(arms.params))
+    if not model.config.tie_word_embeddings:
+        weights -= arms.params["params"]["tok_embeddings"].nbytes  # one row of it is read
+    keys = KVCache.bytes_needed(model.config, batch, depth, arms.cache_dtype) / (2 * model.config.num_hidden_layers)
+    densities = layer_densities or [1.0] * model.config.num_hidden_layers
+    layers = (_share_read(plan, density) * keys for plan, density in zip(model.schedule, densities, strict=True))
+    return int(weights + sum(layers))
+
+
+def _share_read(plan: LayerPlan, density: float) -> float:
+    """Of one layer's keys: 2 where keys and values are read whole."""
+    return {"DENSE": 2.0, "ANCHOR": 1 + density, "REUSE": 2 * density}[plan.mode]
+
+
+# --- By depth ---
+
+
+def measure_depths(arms: Arms, settings: Settings, say: Callable[[DepthRow], None]) -> list[DepthRow]:
+    """Times a step at each of the settings' depths; `say` is told each row as it comes."""
+    rows = []
+    for depth in settings.depths:
+        rows.append(measure_depth(arms, depth, settings.batch, settings.n_runs))
+        say(rows[-1])
+    return rows
+
+
+def measure_depth(arms: Arms, depth: int, batch: int, n_runs: int) -> DepthRow:
+    """Dense, sparse keeping all tiles, and sparse, interleaved, on caches of random keys and values.
+
+    Keeping all tiles is what the bookkeeping of sparse layers costs. Only time is meant: the tokens mean nothing.
+    """
+    size = cache_size(arms.dense, depth + DEPTH_STEPS)
+    config, device = arms.dense.config, arms.mesh.devices.flat[0]
+    free = free_memory(device)
+    needed = KVCache.bytes_needed(config, batch, size, arms.cache_dtype)
+    if free is not None and needed > SPARE_MEMORY * free:
+        return DepthRow(depth, batch, skipped=f"needs a cache of {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
+    params = on_first_device(arms.params, arms.mesh)
+    models = {"dense": arms.dense, "keep_all": keeping_all(arms.sparse, size), "sparse": arms.sparse}
+    decoders = _compile(models, params, batch, size, DEPTH_STEPS, arms)
+    cache = random_cache(config, batch, size, arms.cache_dtype)
+    inputs = (jnp.zeros((batch, DEPTH_STEPS), jnp.int32), jnp.full((batch,), depth, jnp.int32))
+    ids_BN, positions_B = on_first_device(inputs, arms.mesh)
+    samples: dict[str, list[float]] = {name: [] for name in decoders}
+    tiles: Mapping[int, jax.Array] = {}
+    for i in range(n_runs + 1):
+        for name, decoder in decoders.items():
+            start = time.perf_counter()
+            output = jax.block_until_ready(decoder(params, ids_BN, positions_B, cache))
+            elapsed = (time.perf_counter() - start) * 1e3 / DEPTH_STEPS
+            cache, tiles = output.cache, output.tiles
+            if i:
+                samples[name].append(elapsed)
+    density = float(np.mean(step_densities(arms.sparse, tiles, depth)))
+    beyond = depth > config.max_position_embeddings
+    return DepthRow(depth, batch, samples["dense"], samples["keep_all"], samples["sparse"], density, beyond)
+
+
+def keeping_all(model: LlamaModel, size: int) -> LlamaModel:
+    """The same schedule with room for every tile."""
+    plans = [dataclasses.replace(plan, budgets=None, largest_budget=None) for plan in model.schedule]
+    most = max(tile_count(size, model.selection.tile_size), model.selection.num_kept_tiles)
+    return model.clone(schedule=plans, selection=model.selection.with_top_k(most))
+
+
+def random_cache(config: Any, batch: int, size: int, dtype: Any) -> KVCache:
+    """Normally distributed keys and values; the same in every layer's shape, but not the same arrays."""
+    rng = np.random.default_rng(0)
+    empty = jax.eval_shape(lambda: KVCache.empty(config, batch, size, dtype))
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32), x.dtype), empty)
+
+
+# --- Greedy continuations ---
+
+
+def generate(arms: Arms, window: jax.Array, steps: int) -> Generated:
+    """The greedy continuation of a window by both arms, each after its own prefill."""
+    size = cache_size(arms.dense, window.size + steps)
+    params = on_first_device(arms.params, arms.mesh)
+    decoders = _compile({"dense": arms.dense, "sparse": arms.sparse}, params, 1, size, steps, arms)
+    tokens = {}
+    for name, forward in arms.prefill.items():
+        output = forward(arms.params, window)
+        last = on_first_device(output.stream[:, -1:], arms.mesh)
+        first = arms.dense.apply(params, last, method="likeliest")
+        ids_BN = jnp.concatenate([first, jnp.full((1, steps - 1), -1, jnp.int32)], axis=1)
+        cache = forward.fill_cache(output, size, arms.mesh, arms.cache_dtype)
+        positions_B = jnp.full((1,), window.size, jnp.int32)
+        ids_BN, positions_B = on_first_device((ids_BN, positions_B), arms.mesh)
+        decoded = decoders[name](params, ids_BN, positions_B, cache)
+        tokens[name] = [int(first[0, 0]), *map(int, decoded.best[0, :-1])]
+    return Generated(tuple(tokens["dense"]), tuple(tokens["sparse"]))
