@@ -391,10 +391,12 @@ class LlamaModel(nn.Module):
         return rms_norm(x_B1D, self.norm, self.config.rms_norm_eps), tiles_by_layer, KVCache(tuple(layers))
 
     def _embed(self, ids_BT: jax.Array) -> jax.Array:
-        table_VD = self.tok_embeddings
-        if table_VD.dtype != jnp.bfloat16:
-            return table_VD[ids_BT].astype(jnp.float32)
-        # XLA's CPU gathers no bfloat16: it would make a float32 copy of the whole table. Gathered as integers.
+        """The residual stream before layer 0."""
+        if self.tok_embeddings.dtype != jnp.bfloat16:
+            return self.tok_embeddings[ids_BT].astype(jnp.float32)
+        # XLA's CPU gathers no bfloat16, and would convert the whole table: gathered as integers. The barrier ties the
+        # table to the ids, so that a loop of steps does not keep a copy of it in the other type.
+        table_VD, ids_BT = jax.lax.optimization_barrier((self.tok_embeddings, ids_BT))
         rows_BTD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[ids_BT]
         return jax.lax.bitcast_convert_type(rows_BTD, jnp.bfloat16).astype(jnp.float32)
 
