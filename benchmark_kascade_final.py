@@ -156,7 +156,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         tile_size = settings.selection.tile_size
         say(console.sparse_layers(model_sparse.schedule, attended, tile_size, settings.seq_len))
     compared = compare(model_dense, params, windows.test, dense_outputs, sparse_outputs, mesh)
-    quality = Quality(compared, [density_of(tiles) for tiles in attended.values()])
+    quality = Quality(compared, [density_of(tiles, model_sparse.selection) for tiles in attended.values()])
     show("\n" + console.quality(quality, settings))
     long_context = None
     if settings.long_ppl:
@@ -197,7 +197,9 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         model=model,
         machine=machine,
         prefix=windows.prefix,
-        schedule=[Layer(plan, density_of(attended[i])) for i, plan in enumerate(model_sparse.schedule)],
+        schedule=[
+            Layer(plan, density_of(attended[i], model_sparse.selection)) for i, plan in enumerate(model_sparse.schedule)
+        ],
         limit_check=limit_check,
         quality=quality,
         timing=timing,

@@ -293,7 +293,7 @@ class Settings:
 
 def selection_flags() -> tuple[str, ...]:
     """The names of the flags that are fields of `Selection`."""
-    return tuple(field.name for field in dataclasses.fields(Selection))
+    return tuple(field.name for field in dataclasses.fields(Selection) if field.metadata)
 
 
 def make_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -305,7 +305,8 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for field in (*dataclasses.fields(Selection), *dataclasses.fields(Settings)[1:]):
-        _add_flag(parser, field)
+        if field.metadata:
+            _add_flag(parser, field)
     return parser
 
 
