@@ -42,6 +42,7 @@ from kascade_core import (
 )
 from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
 from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depths
+from measure.densities import map_tiles, measure_density
 from measure.layerwise import Calibration
 from measure.machine import (
     configure_device,
@@ -52,11 +53,12 @@ from measure.machine import (
     time_interleaved,
 )
 from measure.quality import compare, long_context_loss, run_windows
+from measure.resume import earlier_rows, measure_rows, save_partly
 from measure.schedules import find_schedule, load_schedule, save_schedule
 from measure.settings import Settings
-from measure.texts import Windows, load_windows
+from measure.texts import Windows, hash_of, load_windows
 from measure.timing import compile_attention, measure_length
-from report import console
+from report import console, tables
 from report.results import (
     Decoding,
     DepthRow,
@@ -66,9 +68,11 @@ from report.results import (
     Model,
     Quality,
     Results,
+    TextUsed,
     Timing,
     is_stdout,
     write_json,
+    write_text,
 )
 from weights.fields import reading
 from weights.folder import DEFAULT_WEIGHTS, Manifest, read_manifest
@@ -84,11 +88,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exit_on_bad_input(settings.debug):
         with beside:  # the report alone goes to the standard output where it is asked for there
             results = run(settings, list(sys.argv[1:] if argv is None else argv))
-        if settings.json:
-            write_json(settings.json, results.to_json())
-            if not (settings.quiet or is_stdout(settings.json)):
-                show(f"\n📝 Report written to {settings.json}")
+        write_outputs(settings, results)
     return 0
+
+
+def write_outputs(settings: Settings, results: Results) -> None:
+    """The report in every form that was asked for."""
+    report = results.to_json()
+    if settings.json:
+        write_json(settings.json, report)
+    if settings.html:
+        from report import html  # jinja2 and matplotlib, which a run without a page need not load
+
+        write_text(settings.html, html.page(report))
+    if settings.csv:
+        tables.append_csv(settings.csv, tables.measurements(report))
+    if settings.markdown:
+        tables.append_markdown(settings.markdown, tables.measurements(report))
+    if not (settings.quiet or is_stdout(settings.json)):
+        for path in filter(None, (settings.json, settings.html, settings.csv, settings.markdown)):
+            show(f"\n📝 Report written to {path}")
 
 
 def run(settings: Settings, command: Sequence[str]) -> Results:
@@ -178,19 +197,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     attention_ms = time_interleaved(compile_attention(model_dense, settings.seq_len, mesh), settings.n_runs)
     show("\n" + console.attention_alone(attention_ms))
 
-    rows = []
-    if settings.sweep:
-        show("\n" + console.sweep_header(meaning))
-        for length in settings.sweep:
-            models = {"dense": model_dense, "sparse": model_sparse}
-            rows.append(measure_length(models, params, test_ids, length, mesh, settings.n_runs))
-            show(console.sweep_row(rows[-1]))
-        show(console.sweep_break_even(rows))
-
-    arms = Arms(model_dense, model_sparse, {"dense": dense, "sparse": sparse}, params, mesh)
-    decoding, depths, generated = decode(arms, windows, settings, tokenizer)
-
-    return Results(
+    results = Results(
         settings=dataclasses.replace(settings, weights_dir=weights_dir),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command,
@@ -204,8 +211,46 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         quality=quality,
         timing=timing,
         attention_ms=attention_ms,
-        sweep=rows,
         long_context=long_context,
+        texts=texts_used(windows, settings),
+        similarity_LL=None if settings.load_schedule else calibration.similarity_LL,
+    )
+    if settings.html:
+        maps = map_tiles(model_dense, params, test_ids, model_sparse.schedule, attended, mesh)
+        results = dataclasses.replace(results, tile_maps=maps)
+    sweep_earlier, densities_earlier = earlier_rows(settings.json, results)
+
+    def finished(rows: list[Any], was_there: bool, field: str, line: Callable[[Any], str]) -> None:
+        show(line(rows[-1]) + was_there * f"  (from {settings.json})")
+        save_partly(settings.json, dataclasses.replace(results, **{field: rows}))
+
+    if settings.densities:
+        show("\n" + console.densities_header(settings))
+        measure_one = partial(
+            measure_density,
+            settings=settings,
+            calibration=calibration,
+            dense=dense,
+            dense_outputs=dense_outputs,
+            windows=windows.test,
+        )
+        finish = partial(finished, field="densities", line=console.density_row)
+        rows = measure_rows(settings.densities, densities_earlier, measure_one, finish)
+        results = dataclasses.replace(results, densities=rows)
+    if settings.sweep:
+        show("\n" + console.sweep_header(meaning))
+        models = {"dense": model_dense, "sparse": model_sparse}
+        measure_one = partial(measure_length, models, params, test_ids, mesh=mesh, n_runs=settings.n_runs)
+        finish = partial(finished, field="sweep", line=console.sweep_row)
+        rows = measure_rows(settings.sweep, sweep_earlier, measure_one, finish)
+        results = dataclasses.replace(results, sweep=rows)
+        show(console.sweep_break_even(rows))
+
+    arms = Arms(model_dense, model_sparse, {"dense": dense, "sparse": sparse}, params, mesh)
+    decoding, depths, generated = decode(arms, windows, settings, tokenizer)
+
+    return dataclasses.replace(
+        results,
         decoding=decoding,
         depths=depths,
         generated=generated,
@@ -247,6 +292,15 @@ def settings_as_run(settings: Settings, windows: Windows) -> Settings:
         calib_windows=len(windows.calibration) or None,
         decode=windows.following[0].size - 1 if windows.following else 0,
     )
+
+
+def texts_used(windows: Windows, settings: Settings) -> dict[str, TextUsed]:
+    """Which windows calibrated and which were tested."""
+    parts = {"calibration": (settings.calib_text or settings.text, windows.calibration)}
+    parts |= {"test": (settings.text, windows.test)}
+    return {
+        role: TextUsed(path.name, len(ids), ids[0].size, hash_of(ids)) for role, (path, ids) in parts.items() if ids
+    }
 
 
 def find_weights(settings: Settings, say: Say) -> tuple[Path, Manifest]:

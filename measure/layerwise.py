@@ -23,6 +23,7 @@ from kascade_core import (
     calibrate_kascade,
     membership,
     select_tiles,
+    similarity_matrix,
     tile_count,
 )
 from llama_model import Block, Comparison, LlamaModel, Rope, rms_norm, rope_table
@@ -193,6 +194,23 @@ class Calibration:
     def of_windows(self, windows: Sequence[jax.Array]) -> Calibration:
         """What other windows show of the same model."""
         return Calibration(self.model, self.params, windows, self.mesh)
+
+    def at(self, selection: Selection) -> Calibration:
+        """What the same windows show at another budget; tile sizes and scoring are the same, so masses are too."""
+        other = Calibration(self.model.clone(selection=selection), self.params, self.windows, self.mesh)
+        for name in ("observations", "damage_factors"):  # neither depends on the budget
+            if name in self.__dict__:
+                other.__dict__[name] = self.__dict__[name]
+        return other
+
+    @cached_property
+    def similarity_LL(self) -> np.ndarray:
+        """Jaccard similarity of the tiles that the layers would choose, `kascade_core.similarity_matrix`."""
+        if "tiles" in self.__dict__ or "observations" not in self.__dict__:
+            return similarity_matrix(self.tiles)
+        scores_LBKQP = np.stack([seen.scores for seen in self.observations], axis=1)
+        selection = self.model.selection
+        return similarity_matrix({i: np.asarray(select_tiles(x, selection)) for i, x in enumerate(scores_LBKQP)})
 
     @cached_property
     def tiles(self) -> dict[int, np.ndarray]:

@@ -16,6 +16,7 @@ from report.results import (
     SUCCESS,
     SUCCESS_PCT,
     Decoding,
+    DensityRow,
     DepthRow,
     Generated,
     LimitCheck,
@@ -340,6 +341,32 @@ def spread(times: Sequence[float]) -> str:
     """Median [min, max], with as many decimals as matter."""
     decimals = 2 if statistics.median(times) < 1000 else 0
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(statistics.median(times), min(times), max(times), d=decimals)
+
+
+DENSITY_COLUMNS = "{:>7} {:>8} {:>18} {:>9} {:>7} {:>8} {:>7}"
+
+
+def densities_header(settings: Any) -> str:
+    """What the rows of --densities are, and their columns."""
+    names = ("asked", "counted", "degradation", "KL nats", "top-1", "reuse", "speedup")
+    return (
+        f"⚖️  TRADE-OFF, a schedule for each density ({describe_scheduler(settings)}; ± one standard error,\n"
+        f"   times of {settings.n_runs} runs each at {settings.seq_len} tokens)\n\n" + DENSITY_COLUMNS.format(*names)
+    )
+
+
+def density_row(row: DensityRow) -> str:
+    """One density's line."""
+    error = "" if row.error_pct is None else f" ± {row.error_pct:.2f}"
+    return DENSITY_COLUMNS.format(
+        f"{row.asked:.1%}",
+        f"{row.density:.1%}",
+        f"{row.degradation_pct:+.2f}%{error}",
+        f"{row.kl_nats:.4f}",
+        f"{row.same_top1:.1%}",
+        f"{row.layer_types.count('S')} of {len(row.layer_types)}",
+        f"{row.speedup:.2f}x",
+    )
 
 
 SWEEP_COLUMNS = "{:>8} {:>23} {:>23} {:>7} {:>7} {:>7}"
