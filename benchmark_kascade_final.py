@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import convert_weights
 from attention.sharding import make_mesh
@@ -35,6 +36,7 @@ from kascade_core import (
     tile_count,
 )
 from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
+from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, measure_task, oracle_of
 from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depths
 from measure.layerwise import Calibration
 from measure.machine import (
@@ -48,10 +50,23 @@ from measure.machine import (
 from measure.quality import compare, long_context_loss, run_windows
 from measure.schedules import find_schedule, load_schedule, save_schedule
 from measure.settings import Settings
+from measure.tasks import ANSWER_ROOM, Task, make_tasks
 from measure.texts import Windows, load_windows
 from measure.timing import compile_attention, measure_length
 from report import console
-from report.results import Decoding, DepthRow, Generated, Layer, Machine, Model, Quality, Results, Timing, write_json
+from report.results import (
+    Decoding,
+    DepthRow,
+    Generated,
+    Layer,
+    Machine,
+    Model,
+    Quality,
+    Results,
+    TaskRow,
+    Timing,
+    write_json,
+)
 from weights.folder import DEFAULT_WEIGHTS, Manifest, read_manifest
 from weights.tokenizers import TextTokenizer, load_tokenizer
 
@@ -95,6 +110,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     windows = load_windows(tokenizer, settings, manifest.config.vocab_size, calibrated_on)
     describe_windows(windows, settings, say)
     settings = settings_as_run(settings, windows)
+    tasks = make_tasks(tokenizer, settings)
 
     model_dense = LlamaModel(manifest.config, None, settings.selection, dtype=dtype, kernel=settings.kernel)
     limit_check = None
@@ -162,6 +178,12 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
             print(console.sweep_row(rows[-1]), flush=True)
         print(console.sweep_break_even(rows))
 
+    task_rows = []
+    if tasks:
+        print("\n" + console.tasks_header(settings))
+        task_rows = run_tasks(model_dense, model_sparse, params, tasks, mesh)
+        print(console.tasks_power(task_rows))
+
     arms = Arms(model_dense, model_sparse, {"dense": dense, "sparse": sparse}, params, mesh)
     decoding, depths, generated = decode(arms, windows, settings, tokenizer)
 
@@ -182,6 +204,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         decoding=decoding,
         depths=depths,
         generated=generated,
+        tasks=task_rows,
         peak_memory_bytes=peak_memory(devices[0]),
     )
     if settings.json:
@@ -211,6 +234,19 @@ def decode(
         texts = (tokenizer.decode(ids) for ids in (generated.dense, generated.sparse))
         print(console.continuations(generated, *texts))
     return decoding, depths, generated
+
+
+def run_tasks(dense: LlamaModel, sparse: LlamaModel, params: Any, tasks: Sequence[Task], mesh: Mesh) -> list[TaskRow]:
+    """The part of the run that answers questions; each row is printed as it comes."""
+    length = len(tasks[0].items[0].prompt)
+    warn_beyond_context(length + ANSWER_ROOM, dense.config)
+    models = {DENSE_ARM: dense, SPARSE_ARM: sparse, ORACLE_ARM: oracle_of(sparse)}
+    answerer, rows = Answerer(models, params, length, mesh), []
+    for task in tasks:
+        for row in measure_task(answerer, task, length + ANSWER_ROOM):
+            print(console.task_row(row), flush=True)
+            rows.append(row)
+    return rows
 
 
 # --- The steps' details ---
