@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import convert_weights
 from attention.sharding import make_mesh
@@ -41,6 +42,7 @@ from kascade_core import (
     tile_count,
 )
 from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
+from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, measure_task, oracle_of
 from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depths
 from measure.densities import map_tiles, measure_density
 from measure.layerwise import Calibration
@@ -56,6 +58,7 @@ from measure.quality import compare, long_context_loss, run_windows
 from measure.resume import earlier_rows, measure_rows, save_partly
 from measure.schedules import find_schedule, load_schedule, save_schedule
 from measure.settings import Settings
+from measure.tasks import ANSWER_ROOM, Task, make_tasks
 from measure.texts import Windows, hash_of, load_windows
 from measure.timing import compile_attention, measure_length
 from report import console, tables
@@ -68,6 +71,7 @@ from report.results import (
     Model,
     Quality,
     Results,
+    TaskRow,
     TextUsed,
     Timing,
     is_stdout,
@@ -139,6 +143,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     windows = load_windows(tokenizer, settings, manifest.config.vocab_size, calibrated_on)
     describe_windows(windows, settings, say)
     settings = settings_as_run(settings, windows)
+    tasks = make_tasks(tokenizer, settings)
 
     model_dense = LlamaModel(manifest.config, None, settings.selection, dtype=dtype, kernel=settings.kernel)
     limit_check = None
@@ -197,6 +202,12 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     attention_ms = time_interleaved(compile_attention(model_dense, settings.seq_len, mesh), settings.n_runs)
     show("\n" + console.attention_alone(attention_ms))
 
+    task_rows = []
+    if tasks:
+        show("\n" + console.tasks_header(settings))
+        task_rows = run_tasks(model_dense, model_sparse, params, tasks, mesh)
+        show(console.tasks_power(task_rows))
+
     results = Results(
         settings=dataclasses.replace(settings, weights_dir=weights_dir),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -254,6 +265,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         decoding=decoding,
         depths=depths,
         generated=generated,
+        tasks=task_rows,
         peak_memory_bytes=peak_memory(devices[0]),
     )
 
@@ -279,6 +291,19 @@ def decode(
         texts = (tokenizer.decode(ids) for ids in (generated.dense, generated.sparse))
         show(console.continuations(generated, *texts))
     return decoding, depths, generated
+
+
+def run_tasks(dense: LlamaModel, sparse: LlamaModel, params: Any, tasks: Sequence[Task], mesh: Mesh) -> list[TaskRow]:
+    """The part of the run that answers questions; each row is printed as it comes."""
+    length = len(tasks[0].items[0].prompt)
+    warn_beyond_context(length + ANSWER_ROOM, dense.config)
+    models = {DENSE_ARM: dense, SPARSE_ARM: sparse, ORACLE_ARM: oracle_of(sparse)}
+    answerer, rows = Answerer(models, params, length, mesh), []
+    for task in tasks:
+        for row in measure_task(answerer, task, length + ANSWER_ROOM):
+            show(console.task_row(row))
+            rows.append(row)
+    return rows
 
 
 # --- The steps' details ---

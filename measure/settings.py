@@ -25,6 +25,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 THRESHOLD, DP, SEARCH, LOADED = "threshold", "dp", "search", "loaded"  # what makes the schedule
 JACCARD, MASS = "jaccard", "mass"  # similarity of layers
 UNIFORM, PER_LAYER, PER_HEAD = "uniform", "layer", "head"  # who has a budget of its own
+NIAH_SINGLE, NIAH_MULTIKEY, VT, FWE = "niah_single", "niah_multikey", "vt", "fwe"  # the tasks
+TASKS = (NIAH_SINGLE, NIAH_MULTIKEY, VT, FWE)
+FILLER_NOISE, FILLER_TEXT = "noise", "text"  # of the tasks' haystacks
+TASK_DEFAULTS = {"task_len": 2048, "task_n": 50, "task_filler": FILLER_NOISE}
 ANCHOR_SHARE = 0.3  # of the layers, when --anchors is not given
 OUTPUTS = ("json", "html", "csv", "markdown", "save_schedule")  # files that a run writes
 MOST_TOKENS = 2**31 - 1  # positions are 32-bit numbers
@@ -139,6 +143,18 @@ class Settings:
     long_ppl: bool = _flag(
         False, f"also the perplexity over the tokens that need more than {SHORT_CONTEXT} tokens of context"
     )
+    tasks: tuple[str, ...] = _flag(
+        (), f"also retrieval tasks, made offline: any of {', '.join(TASKS)}", metavar="NAME,NAME,..."
+    )
+    task_len: int | None = _flag(None, "tokens of a task's prompt and answer ({task_len})".format(**TASK_DEFAULTS))
+    task_n: int | None = _flag(None, "prompts of each task ({task_n})".format(**TASK_DEFAULTS))
+    task_filler: str | None = _flag(
+        None,
+        "what niah_single and vt hide their sentences in: short sentences repeated, or --text ({task_filler})".format(
+            **TASK_DEFAULTS
+        ),
+        (FILLER_NOISE, FILLER_TEXT),
+    )
     verbose: bool = _flag(False, "also print each layer's tiles")
     quiet: bool = _flag(False, "print the results alone")
     debug: bool = _flag(False, "show the traceback of an error")
@@ -148,6 +164,7 @@ class Settings:
         self._check_ranges()
         self._check_schedule()
         self._check_lengths()
+        self._check_tasks()
         self._check_outputs()
 
     def _check_outputs(self) -> None:
@@ -168,6 +185,8 @@ class Settings:
             self._set(similarity=JACCARD)
         if self.scheduler == SEARCH and self.budgets is None:
             self._set(budgets=PER_LAYER)
+        if self.tasks:
+            self._set(**{name: value for name, value in TASK_DEFAULTS.items() if getattr(self, name) is None})
         for name in ("weights_dir", "text", "calib_text", "load_schedule", "head_maps", *OUTPUTS):
             if path := getattr(self, name):
                 self._set(**{name: path.expanduser()})
@@ -177,7 +196,16 @@ class Settings:
             object.__setattr__(self, name, value)
 
     def _check_ranges(self) -> None:
-        at_least_one = ("max_reuse_dist", "anchors", "n_runs", "windows", "calib_windows", "batch")
+        at_least_one = (
+            "max_reuse_dist",
+            "anchors",
+            "n_runs",
+            "windows",
+            "calib_windows",
+            "batch",
+            "task_len",
+            "task_n",
+        )
         for name, least in (*((name, 1) for name in at_least_one), ("seq_len", 2)):
             value = getattr(self, name)
             if value is not None and not least <= value <= MOST_TOKENS:
@@ -248,6 +276,14 @@ class Settings:
             raise InputError(
                 f"sweep: lengths must be at least {least} (query_tile, and 2) and below 2^31, got {self.sweep}"
             )
+
+    def _check_tasks(self) -> None:
+        unknown = [name for name in self.tasks if name not in TASKS]
+        if unknown:
+            raise InputError(f"tasks: expected any of {', '.join(TASKS)}, got {quote(unknown[0])}")
+        for name in TASK_DEFAULTS:
+            if not self.tasks and getattr(self, name) is not None:
+                raise InputError(f"{name} has no effect without tasks, which names some of {', '.join(TASKS)}")
 
     @classmethod
     def from_flags(cls, argv: Sequence[str] | None = None, description: str | None = None) -> Settings:
@@ -380,6 +416,9 @@ number = _number_of(float, "a number")
 def numbers(text: str) -> tuple[float, ...]:
     """A flag's X,X,..., ascending, each once."""
     return tuple(sorted({number(part) for part in text.split(",")}))
+def names(text: str) -> tuple[str, ...]:
+    """A flag's NAME,NAME,..., in their order, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 FLAG_TYPES: dict[str, tuple[Callable[[str], Any], str]] = {  # by a field's annotation: how it is read, what help shows
@@ -389,6 +428,7 @@ FLAG_TYPES: dict[str, tuple[Callable[[str], Any], str]] = {  # by a field's anno
     "Path": (Path, "FILE"),
     "tuple[int, ...]": (whole_numbers, "N,N,..."),
     "tuple[float, ...]": (numbers, "X,X,..."),
+    "tuple[str, ...]": (names, "NAME,NAME,..."),
 }
 
 

@@ -25,6 +25,7 @@ from report.results import (
     Model,
     Quality,
     SweepRow,
+    TaskRow,
     Timing,
     break_even,
     count_modes,
@@ -473,3 +474,47 @@ def continuations(found: Generated, dense_text: str, sparse_text: str) -> str:
     where = "They are the same." if found.part_at is None else f"They part at token {found.part_at}."
     texts = f"   Dense:  {dense_text!r}\n   Sparse: {sparse_text!r}\n"
     return f"✍️  GREEDY CONTINUATION ({len(found.dense)} tokens)\n{texts}   {where}\n"
+
+
+# --- Tasks ---
+
+TASK_COLUMNS = "{:>13} {:>8} {:>16} {:>16} {:>16} {:>6} {:>7}"
+
+
+def tasks_header(settings: Any) -> str:
+    """What the tasks' figures mean, and their columns."""
+    names = ("task", "sparse", "dense", "sparse", "oracle", "p", "density")
+    return (
+        f"🎯 TASKS: {settings.task_len} tokens, n = {settings.task_n}, filler {settings.task_filler}; right answers, "
+        f"% [95% interval]\n{RULE}\n\n"
+        "   (sparse is the whole prompt, or only the question after a dense context, and the answer;\n"
+        "   oracle: every sparse layer chooses for itself; p: McNemar's exact test, sparse against\n"
+        "   dense; 1st: right answers ranked first among the candidates)\n\n" + TASK_COLUMNS.format(*names)
+    )
+
+
+def task_row(row: TaskRow) -> str:
+    """One set-up's lines."""
+    arms = (row.dense, row.sparse, row.oracle)
+    shares = (f"{a.share:.0%} [{100 * a.interval[0]:.0f}, {100 * a.interval[1]:.0f}]" for a in arms)
+    p = "" if row.p_value is None else f"{row.p_value:.3f}"
+    ranks = (f"1st {a.ranked_first:.0%} of {row.candidates}" for a in arms)
+    lines = [
+        TASK_COLUMNS.format(row.task, row.setup, *shares, p, f"{row.density:.1%}"),
+        TASK_COLUMNS.format("", "", *ranks, "", "").rstrip(),
+    ]
+    if not row.discriminative:
+        lines.append(f"{'':14}not discriminative: dense is not clearly above chance ({row.chance:.2g}), or n is small")
+    lines += [
+        f"{'':14}⚠️  {suspicion} significantly (p < 0.05): by chance in few rows, or a bug"
+        for suspicion in row.suspicions
+    ]
+    return "\n".join(lines)
+
+
+def tasks_power(rows: Sequence[TaskRow]) -> str:
+    """The smallest effect that so many questions could have shown."""
+    effect = rows[0].smallest_effect
+    if effect is None:
+        return f"   n = {rows[0].n} cannot show any loss: raise --task_n\n"
+    return f"   n = {rows[0].n} shows a loss of {effect:.0%} of the answers with a probability of 80%, no smaller one\n"

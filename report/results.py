@@ -23,7 +23,16 @@ import numpy as np
 from errors import InputError, quote
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, perplexity_of
 from llama_model import Comparison
-from report.statistics import correlation, standard_error, standard_error_of_share, student_quantile
+from report.statistics import (
+    correlation,
+    detectable_loss,
+    least_significant,
+    mcnemar_p,
+    standard_error,
+    standard_error_of_share,
+    student_quantile,
+    wilson_interval,
+)
 
 FORMAT_VERSION = 3  # of the JSON report; docs/schema.md describes it
 PROGRAM = "kascade benchmark"  # how a report says whose it is
@@ -553,6 +562,115 @@ def break_even(rows: Sequence[SweepRow | DepthRow]) -> tuple[int | None, int | N
     return slower, min(faster, default=None)
 
 
+# --- Retrieval tasks ---
+
+PROMPT, QUESTION = "prompt", "question"  # set-ups: the whole prompt is sparse, or only the question and the answer
+SIGNIFICANT = 0.05  # level of the tests of tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """One arm's answers to a task's questions: whether each is right, and the right one's rank among the candidates.
+
+    Ranks are by log likelihood, from 1.
+    """
+
+    right: tuple[bool, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def share(self) -> float:
+        """Of right answers."""
+        return sum(self.right) / len(self.right)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share."""
+        return wilson_interval(sum(self.right), len(self.right))
+
+    @property
+    def ranked_first(self) -> float:
+        """Share of the questions whose right answer is the likeliest candidate."""
+        return sum(rank == 1 for rank in self.ranks) / len(self.ranks)
+
+    @property
+    def mean_rank(self) -> float:
+        """Of the right answers."""
+        return sum(self.ranks) / len(self.ranks)
+
+    def p_against(self, other: Answers) -> float:
+        """McNemar's exact p of the difference from another arm's answers to the same questions."""
+        lost = sum(b and not a for a, b in zip(self.right, other.right, strict=True))
+        return mcnemar_p(lost, sum(a and not b for a, b in zip(self.right, other.right, strict=True)))
+
+    def beats(self, other: Answers) -> bool:
+        """Whether it is right significantly more often."""
+        return self.share > other.share and self.p_against(other) < SIGNIFICANT
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRow:
+    """A retrieval task in one set-up.
+
+    Attributes:
+      task: its name.
+      length: tokens of prompt and answer.
+      filler: of the haystack; None where it is the task's own.
+      setup: PROMPT or QUESTION.
+      chance: of a right guess from the context.
+      candidates: how many answers were ranked.
+      density: of the sparse arm, mean over the layers, counted in the first prompt.
+      dense, sparse, oracle: the arms' answers; in the oracle every sparse layer chooses for itself.
+    """
+
+    task: str
+    length: int
+    filler: str | None
+    setup: str
+    chance: float
+    candidates: int
+    density: float
+    dense: Answers
+    sparse: Answers
+    oracle: Answers
+
+    @property
+    def n(self) -> int:
+        """How many questions there were."""
+        return len(self.dense.right)
+
+    @property
+    def discriminative(self) -> bool:
+        """Whether dense is clearly above chance, and right often enough that losing it all would be significant."""
+        return self.dense.interval[0] > self.chance and sum(self.dense.right) >= least_significant(SIGNIFICANT)
+
+    @property
+    def p_value(self) -> float | None:
+        """McNemar's exact p of sparse against dense; None where the row is not discriminative."""
+        return self.sparse.p_against(self.dense) if self.discriminative else None
+
+    @property
+    def smallest_effect(self) -> float | None:
+        """The smallest share of lost answers that n questions could have shown at 80 % power; None where none."""
+        return detectable_loss(self.n, level=SIGNIFICANT)
+
+    @property
+    def suspicions(self) -> tuple[str, ...]:
+        """What should not be so: dense >= oracle >= sparse within the error. A better sparse arm hints at a bug."""
+        pairs = (("sparse", "dense"), ("oracle", "dense"), ("sparse", "oracle"))
+        return tuple(f"{a} beats {b}" for a, b in pairs if getattr(self, a).beats(getattr(self, b)))
+
+    def to_json(self) -> dict[str, Any]:
+        """An element of the report's "tasks"."""
+        names = ("task", "length", "n", "filler", "setup", "chance", "candidates", "density", "p_value")
+        values = {name: getattr(self, name) for name in (*names, "discriminative", "smallest_effect", "suspicions")}
+        for arm in ("dense", "sparse", "oracle"):
+            answers = getattr(self, arm)
+            values |= {arm: answers.share, f"{arm}_ci": answers.interval}
+            values |= {f"{arm}_ranked_first": answers.ranked_first, f"{arm}_mean_rank": answers.mean_rank}
+        return values
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Which weights were run."""
@@ -622,6 +740,7 @@ class Results:
       tile_maps: of a few layers, with --html.
       densities: with --densities.
       finished: False in a report that a run writes on its way, to be resumed from.
+      tasks: with --tasks, two rows each.
     """
 
     settings: Any
@@ -646,6 +765,7 @@ class Results:
     tile_maps: Sequence[TileMap] = ()
     densities: Sequence[DensityRow] = ()
     finished: bool = True
+    tasks: Sequence[TaskRow] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as --json writes it."""
@@ -691,6 +811,7 @@ class Results:
             "decode_depths": [dataclasses.asdict(row) | {"speedup": row.speedup} for row in self.depths],
             "decode_break_even": break_even(self.depths),
             "generate": self.generated and dataclasses.asdict(self.generated) | {"part_at": self.generated.part_at},
+            "tasks": [row.to_json() for row in self.tasks],
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 
