@@ -199,7 +199,7 @@ def _tensors_by_key(files: Sequence[Path]) -> dict[str, Any]:
             try:
                 shard = safe_open(file, framework="np")
             except SafetensorError as error:
-                raise InputError(f"truncated or damaged ({error})") from error
+                raise InputError(f"truncated or damaged ({quote(str(error))})") from error
             for key in shard.keys():  # noqa: SIM118 - not a dict
                 if key in shards:
                     raise InputError(f"duplicate tensor {quote(key)}: an earlier file holds it too")
