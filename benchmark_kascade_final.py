@@ -198,7 +198,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     samples = time_interleaved(runs, settings.n_runs)
     timing = Timing(samples["dense"], samples["sparse"], dense.seconds, sparse.seconds)
     meaning = console.describe_timing(settings, machine)
-    show(console.timing(timing, f"{meaning}; {settings.seq_len} tokens, density {quality.density:.2%}"))
+    show(console.timing(timing, f"{meaning}; {settings.seq_len} tokens,\n    density {quality.density:.2%}"))
     attention_ms = time_interleaved(compile_attention(model_dense, settings.seq_len, mesh), settings.n_runs)
     show("\n" + console.attention_alone(attention_ms))
 

@@ -439,5 +439,5 @@ def can_be_written(path: Path) -> bool:
             return True
         plain = path.is_file() or not path.exists()
         return plain and path.resolve().parent.is_dir() and os.access(path.resolve().parent, os.W_OK)
-    except OSError:  # a name too long, say
+    except (OSError, ValueError):  # a name too long, or one that no file has
         return False

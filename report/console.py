@@ -126,8 +126,9 @@ def describe_timing(settings: Any, machine: Machine) -> str:
     sizes += [describe_budget(settings), f"{selection.sink_tiles} sink and {selection.local_tiles} local tiles"]
     sizes.append(f"{selection.anchor_scoring} scoring")
     return (
-        f"whole forward and loss on {machine}, {settings.dtype}, {settings.kernel};\n"
-        f"    {', '.join(sizes)}, n = {settings.n_runs}"
+        f"whole forward and loss on {machine},\n"
+        f"    {settings.dtype}, {settings.kernel}, {', '.join(sizes[:-1])},\n"
+        f"    {sizes[-1]}, n = {settings.n_runs}"
     )
 
 
@@ -218,8 +219,8 @@ def quality(quality: Quality, settings: Any) -> str:
             "                      own, sink and local tiles are always kept)"
         )
     lines += [
-        "   (Rows of one query tile share their choice of tiles: later rows help to choose",
-        "   for earlier ones.)",
+        "   (Rows of one query tile share their choice of tiles: later rows help to",
+        "   choose for earlier ones.)",
         "",
         *verdict(quality, settings),
     ]
@@ -233,7 +234,8 @@ def degradation(quality: Quality) -> list[str]:
     errors = [f"± {100 * error:.2f} over {what}" for error, what in errors if error is not None]
     lines = [f"{text} {', '.join(errors)}".rstrip()]
     if errors:
-        lines.append("                      (standard errors; tokens are not independent, so theirs is too small)")
+        lines.append("                      (standard errors; that over tokens is too small, for")
+        lines.append("                      they are not independent)")
     if quality.interval_pct:
         low, high = quality.interval_pct
         lines.append(
@@ -310,7 +312,7 @@ def limit_kept(check: LimitCheck, quality: Quality, limit: float) -> str:
 def timing(timing: Timing, meaning: str) -> str:
     """Both arms' times, the speedup as it is, and what the numbers mean."""
     n_runs = len(timing.dense_ms)
-    lines = [f"📊 Timing Results (median [min, max] of {n_runs} run{'s' * (n_runs > 1)}):"]
+    lines = [f"📊 Timing Results (median [min, max] of {count_runs(timing.dense_ms)}):"]
     for name, times in (("Dense", timing.dense_ms), ("Sparse", timing.sparse_ms)):
         lines.append(f"   {name + ':':8} {statistics.median(times):9.2f} ms  [{min(times):.2f}, {max(times):.2f}]")
     speedup = timing.speedup
@@ -327,15 +329,20 @@ def timing(timing: Timing, meaning: str) -> str:
 def attention_alone(samples: Mapping[str, Sequence[float]]) -> str:
     """One layer's attention without the model around it, each kind against dense."""
     dense = statistics.median(samples["dense"])
-    lines = [f"🔬 Attention alone, one layer, random inputs (median [min, max] of {len(samples['dense'])} runs):"]
+    lines = [f"🔬 Attention alone, one layer, random inputs (median [min, max] of {count_runs(samples['dense'])}):"]
     for name, times in samples.items():
         share = "" if name == "dense" else f"  {statistics.median(times) / dense:.2f} of dense"
         lines.append(f"   {name.title() + ':':10} {spread(times):>24} ms{share}")
     lines += [
-        "   (Selection is how an anchor chooses its tiles; an anchor selects, then attends as",
-        "   a reuse layer does.)",
+        "   (Selection is how an anchor chooses its tiles; an anchor selects, then",
+        "   attends as a reuse layer does.)",
     ]
     return "\n".join(lines)
+
+
+def count_runs(times: Sequence[float]) -> str:
+    """How many runs were timed."""
+    return f"{len(times)} run{'s' * (len(times) > 1)}"
 
 
 def spread(times: Sequence[float]) -> str:
@@ -449,8 +456,9 @@ DEPTH_COLUMNS = "{:>7} {:>19} {:>21} {:>19} {:>7}"
 def depths_header(batch: int) -> str:
     """The columns of the table of depths."""
     return (
-        f"📈 DECODING BY DEPTH (ms a token, median [min, max], batch {batch}, caches of random keys)\n"
-        "   (keep all: sparse layers made to keep every tile, which is what their bookkeeping costs)\n\n"
+        "📈 DECODING BY DEPTH\n"
+        f"   (ms a token, median [min, max], batch {batch}, caches of random keys;\n"
+        "    keep all: sparse layers made to keep every tile, the cost of bookkeeping)\n\n"
         + DEPTH_COLUMNS.format("depth", "dense", "keep all", "sparse", "density")
     )
 
