@@ -11,6 +11,12 @@ interleaved, median with min and max). Without weights it first makes those of i
 
 from __future__ import annotations
 
+import errors
+
+if __name__ == "__main__":
+    errors.stop_on_ctrl_c()  # before the imports, which take seconds
+
+import contextlib
 import dataclasses
 import datetime
 import sys
@@ -25,7 +31,7 @@ import numpy as np
 
 import convert_weights
 from attention.sharding import make_mesh
-from errors import exit_on_bad_input
+from errors import ctrl_c_raises, exit_on_bad_input
 from kascade_core import (
     attended_tiles,
     check_perplexity,
@@ -34,7 +40,8 @@ from kascade_core import (
     publish_tiles,
     tile_count,
 )
-from llama_model import LlamaModel, count_parameters, load_weights
+from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
+from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depths
 from measure.layerwise import Calibration
 from measure.machine import (
     configure_device,
@@ -50,26 +57,45 @@ from measure.settings import Settings
 from measure.texts import Windows, load_windows
 from measure.timing import compile_attention, measure_length
 from report import console
-from report.results import Layer, Machine, Model, Quality, Results, Timing, write_json
+from report.results import (
+    Decoding,
+    DepthRow,
+    Generated,
+    Layer,
+    Machine,
+    Model,
+    Quality,
+    Results,
+    Timing,
+    is_stdout,
+    write_json,
+)
+from weights.fields import reading
 from weights.folder import DEFAULT_WEIGHTS, Manifest, read_manifest
-from weights.tokenizers import load_tokenizer
+from weights.tokenizers import TextTokenizer, load_tokenizer
+
+Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark from flags to report. Returns 0; bad input exits with code 2."""
     settings = Settings.from_flags(argv, __doc__)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not where it was closed, or is a notebook's
-            stream.reconfigure(errors="replace")  # a terminal without these symbols gets question marks
+    beside = contextlib.redirect_stdout(sys.stderr) if is_stdout(settings.json) else contextlib.nullcontext()
     with exit_on_bad_input(settings.debug):
-        run(settings, list(sys.argv[1:] if argv is None else argv))
+        with beside:  # the report alone goes to the standard output where it is asked for there
+            results = run(settings, list(sys.argv[1:] if argv is None else argv))
+        if settings.json:
+            write_json(settings.json, results.to_json())
+            if not (settings.quiet or is_stdout(settings.json)):
+                show(f"\n📝 Report written to {settings.json}")
     return 0
 
 
 def run(settings: Settings, command: Sequence[str]) -> Results:
     """The benchmark, step by step."""
-    say: Callable[..., None] = (lambda *_: None) if settings.quiet else partial(print, flush=True)
+    say: Say = (lambda _: None) if settings.quiet else show
     say(console.configuration(settings))
+    settings.check_files()
 
     say(f"🖥️  Configuring JAX to use {settings.device.upper()}...")
     devices = configure_device(settings.device)
@@ -93,7 +119,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     calibrated_on = saved.calibrated_on if settings.load_schedule else None
     windows = load_windows(tokenizer, settings, manifest.config.vocab_size, calibrated_on)
     describe_windows(windows, settings, say)
-    settings = dataclasses.replace(settings, windows=len(windows.test), calib_windows=len(windows.calibration) or None)
+    settings = settings_as_run(settings, windows)
 
     model_dense = LlamaModel(manifest.config, None, settings.selection, dtype=dtype, kernel=settings.kernel)
     limit_check = None
@@ -112,16 +138,17 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         save_schedule(settings.save_schedule, model_sparse.schedule, settings.selection, manifest, windows.calibration)
         say(f"📝 Schedule written to {settings.save_schedule}")
 
+    decodes = bool(settings.decode or settings.generate)
     test_ids = windows.test[0]  # timed; all windows are compared
     say("🏃 Running DENSE Baseline...")
-    dense = model_dense.compile(params, test_ids, mesh)
+    dense = model_dense.compile(params, test_ids, mesh, with_cache=decodes)
     dense_outputs = run_windows(dense, params, windows.test)
     dense_perplexity = perplexity_of(np.concatenate([output.nll for output in dense_outputs]))
     warn(check_perplexity(dense_perplexity, manifest.config.vocab_size, len(windows.test) * (test_ids.size - 1)))
     say(f"  All {tile_count(settings.seq_len, settings.selection.tile_size)} tiles in every layer\n")
 
     say("⚡ Running KASCADE Sparse...")
-    sparse = model_sparse.compile(params, test_ids, mesh)
+    sparse = model_sparse.compile(params, test_ids, mesh, with_cache=decodes)
     sparse_outputs = run_windows(sparse, params, windows.test)
     publish_tiles(sparse_outputs[0].tiles)
     attended = attended_tiles(model_sparse.schedule, sparse_outputs[0].tiles)
@@ -130,16 +157,16 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         say(console.sparse_layers(model_sparse.schedule, attended, tile_size, settings.seq_len))
     compared = compare(model_dense, params, windows.test, dense_outputs, sparse_outputs, mesh)
     quality = Quality(compared, [density_of(tiles) for tiles in attended.values()])
-    print("\n" + console.quality(quality, settings))
+    show("\n" + console.quality(quality, settings))
     long_context = None
     if settings.long_ppl:
         prefix = windows.prefix_tokens
         long_context = long_context_loss(model_dense, params, windows.test, compared, prefix, mesh)
-        print(console.long_context(long_context))
+        show(console.long_context(long_context))
     if limit_check:
-        print(console.limit_kept(limit_check, quality, settings.max_degradation))
+        show(console.limit_kept(limit_check, quality, settings.max_degradation))
 
-    print(f"⏱️  SPEEDUP BENCHMARK\n{console.RULE}\n")
+    show(f"⏱️  SPEEDUP BENCHMARK\n{console.RULE}\n")
     say(f"Benchmarking {settings.n_runs} runs each...")
     say(f"  Compiled before the clock starts: dense {dense.seconds:.1f} s, sparse {sparse.seconds:.1f} s")
     say("  Warming up...\n  Timing Dense and Sparse in turn...\n")
@@ -147,20 +174,23 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     samples = time_interleaved(runs, settings.n_runs)
     timing = Timing(samples["dense"], samples["sparse"], dense.seconds, sparse.seconds)
     meaning = console.describe_timing(settings, machine)
-    print(console.timing(timing, f"{meaning}; {settings.seq_len} tokens, density {quality.density:.2%}"))
+    show(console.timing(timing, f"{meaning}; {settings.seq_len} tokens, density {quality.density:.2%}"))
     attention_ms = time_interleaved(compile_attention(model_dense, settings.seq_len, mesh), settings.n_runs)
-    print("\n" + console.attention_alone(attention_ms))
+    show("\n" + console.attention_alone(attention_ms))
 
     rows = []
     if settings.sweep:
-        print("\n" + console.sweep_header(meaning))
+        show("\n" + console.sweep_header(meaning))
         for length in settings.sweep:
             models = {"dense": model_dense, "sparse": model_sparse}
             rows.append(measure_length(models, params, test_ids, length, mesh, settings.n_runs))
-            print(console.sweep_row(rows[-1]), flush=True)
-        print(console.sweep_break_even(rows))
+            show(console.sweep_row(rows[-1]))
+        show(console.sweep_break_even(rows))
 
-    results = Results(
+    arms = Arms(model_dense, model_sparse, {"dense": dense, "sparse": sparse}, params, mesh)
+    decoding, depths, generated = decode(arms, windows, settings, tokenizer)
+
+    return Results(
         settings=dataclasses.replace(settings, weights_dir=weights_dir),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command,
@@ -174,29 +204,62 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         attention_ms=attention_ms,
         sweep=rows,
         long_context=long_context,
+        decoding=decoding,
+        depths=depths,
+        generated=generated,
         peak_memory_bytes=peak_memory(devices[0]),
     )
-    if settings.json:
-        write_json(settings.json, results.to_json())
-        say(f"\n📝 Report written to {settings.json}")
-    return results
+
+
+def decode(
+    arms: Arms, windows: Windows, settings: Settings, tokenizer: TextTokenizer
+) -> tuple[Decoding | None, list[DepthRow], Generated | None]:
+    """The part of the run that decodes token by token."""
+    decoding, depths, generated = None, [], None
+    device = arms.mesh.devices.flat[0]
+    if settings.decode:
+        tokens = settings.seq_len + settings.decode
+        check_cache_fits(arms.dense, settings.batch, tokens, arms.cache_dtype, device)
+        warn_beyond_context(tokens, arms.dense.config)
+        decoding = decode_windows(arms, windows, settings)
+        show("\n" + console.decoding(decoding, settings.dtype))
+    if settings.depths:
+        show(console.depths_header(settings.batch))
+        depths = measure_depths(arms, settings, lambda row: show(console.depth_row(row)))
+        show(console.sweep_break_even(depths) + "\n")
+    if settings.generate:
+        generated = generate(arms, windows.test[0], settings.generate)
+        texts = (tokenizer.decode(ids) for ids in (generated.dense, generated.sparse))
+        show(console.continuations(generated, *texts))
+    return decoding, depths, generated
 
 
 # --- The steps' details ---
 
 
-def find_weights(settings: Settings, say: Callable[..., None]) -> tuple[Path, Manifest]:
+def settings_as_run(settings: Settings, windows: Windows) -> Settings:
+    """The settings with the numbers of windows and decoded tokens that the text has room for."""
+    return dataclasses.replace(
+        settings,
+        windows=len(windows.test),
+        calib_windows=len(windows.calibration) or None,
+        decode=windows.following[0].size - 1 if windows.following else 0,
+    )
+
+
+def find_weights(settings: Settings, say: Say) -> tuple[Path, Manifest]:
     """The weights folder, made if it is the default one and missing, and its manifest."""
     weights_dir = settings.weights_dir or DEFAULT_WEIGHTS
-    if settings.weights_dir is None and not (weights_dir.exists() and any(weights_dir.iterdir())):
+    with reading(weights_dir):
+        missing = not weights_dir.exists() or (weights_dir.is_dir() and not any(weights_dir.iterdir()))
+    if settings.weights_dir is None and missing:
         say(f"📦 No weights in {weights_dir}: fetching and converting the default model...")
-        convert_weights.convert_default(weights_dir)
+        with ctrl_c_raises():
+            convert_weights.convert_default(weights_dir, say=lambda text: print(text, file=sys.stderr))
     return weights_dir, read_manifest(weights_dir)
 
 
-def resolve(
-    settings: Settings, manifest: Manifest, devices: Sequence[jax.Device], say: Callable[..., None]
-) -> Settings:
+def resolve(settings: Settings, manifest: Manifest, devices: Sequence[jax.Device], say: Say) -> Settings:
     """The settings with everything decided that depends on the model and the machine."""
     config, device = manifest.config, settings.device
     settings = settings.for_model(config)
@@ -208,8 +271,7 @@ def resolve(
     )
     say(f"✓ Matrix inputs in {dtype} ({why_dtype})")
     say(f"✓ Attention by {kernel} ({why_kernel})\n")
-    if longest > config.max_position_embeddings:
-        warn(f"{longest} tokens are beyond the model's context of {config.max_position_embeddings}")
+    warn_beyond_context(longest, config)
     return dataclasses.replace(settings, dtype=dtype, kernel=kernel)
 
 
@@ -225,7 +287,7 @@ def describe_model(manifest: Manifest, params: Any) -> Model:
     )
 
 
-def describe_windows(windows: Windows, settings: Settings, say: Callable[..., None]) -> None:
+def describe_windows(windows: Windows, settings: Settings, say: Say) -> None:
     """Which tokens calibrate and which test."""
     if windows.calibration:
         say(f"📖 Calibration: {count_windows(windows.calibration)} of {(settings.calib_text or settings.text).name}")
@@ -245,6 +307,17 @@ def warn_of_other_length(made_for: int, seq_len: int) -> None:
         warn(f"the schedule was made from {made_for} tokens, and this run has {seq_len}")
 
 
+def warn_beyond_context(tokens: int, config: LlamaConfig) -> None:
+    """What a model computes beyond its context means little."""
+    if tokens > config.max_position_embeddings:
+        warn(f"{tokens} tokens are beyond the model's context of {config.max_position_embeddings}")
+
+
+def show(text: str) -> None:
+    """Prints lines that fit a terminal."""
+    print(console.fit(text), flush=True)
+
+
 def warn(message: str | None) -> None:
     """One line on stderr, where there is something to say."""
     if message:
@@ -252,4 +325,4 @@ def warn(message: str | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(errors.run(main))

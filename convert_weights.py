@@ -10,20 +10,14 @@ complete or not at all: it is built beside its final place and renamed.
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
+import errors
 
-
-def _stop(*_: object) -> None:
-    os.write(2, b"error: interrupted\n")
-    os._exit(2)
-
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _stop)  # before the imports, which take most of a short run's time
+if __name__ == "__main__":
+    errors.stop_on_ctrl_c()  # before the imports, which take most of a short run's time
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,7 +42,8 @@ from weights.folder import (
     replacing,
     write_chunk,
 )
-from weights.sources import Checkpoint, check_names, open_checkpoint, read_arrays
+from weights.sources import open_checkpoint
+from weights.tensors import Checkpoint, check_names, read_arrays
 from weights.tokenizers import write_tokenizer
 
 Say = Callable[[str], None]
@@ -79,8 +74,7 @@ def convert(
     numpy_dtype(dtype)
     if source.resolve().is_relative_to(output):
         raise InputError(f"output folder {output} holds the input {source}; give another --output")
-    check_names(checkpoint)
-    for warning in checkpoint.tokenizer.warnings:
+    for warning in (*checkpoint.warnings, *check_names(checkpoint), *checkpoint.tokenizer.warnings):
         say(f"warning: {warning}")
 
     def build(folder: Path) -> None:
@@ -161,10 +155,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(argv)
         options = {"dtype": args.dtype, "overwrite": args.overwrite, "say": lambda text: print(text, file=sys.stderr)}
         try:
-            if args.input:
-                wrote = convert(args.input, args.output, **options)
-            else:
-                wrote = convert_default(args.output, **options)
+            with errors.ctrl_c_raises():
+                if args.input:
+                    wrote = convert(args.input, args.output, **options)
+                else:
+                    wrote = convert_default(args.output, **options)
         except KeyboardInterrupt:  # after the temporary folder was removed
             raise InputError(f"interrupted: {args.output} is as it was") from None
         manifest = read_manifest(Path(os.path.expanduser(args.output)))
@@ -174,32 +169,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run() -> int:
-    """`main`, on streams of any encoding, that may be full, or closed by the program that reads them."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the end
-        getattr(sys, name).reconfigure(errors="replace")
-    stops = signal.getsignal(signal.SIGINT) is _stop
-    try:
-        if stops:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # KeyboardInterrupt: temporary folders are removed
-        try:
-            code = main()
-        except SystemExit as end:  # --help, or an error that was said
-            code = end.code
-        sys.stdout.flush()
-        return code
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more in the end
-        if isinstance(error, BrokenPipeError):
-            return 0
-        print(f"error: cannot write to the standard output ({error.strerror})", file=sys.stderr)
-        return 2
-    finally:
-        if stops:
-            signal.signal(signal.SIGINT, _stop)
-
-
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(errors.run(main))

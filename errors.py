@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 QUOTED = 200  # characters of a foreign value that a message quotes at most
@@ -25,7 +27,12 @@ def quote(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:  # an int of more digits than Python converts
-        text = f"a number of about {value.bit_length() * 3 // 10} digits"
+        if isinstance(value, int):
+            text = f"a number of about {value.bit_length() * 3 // 10} digits"
+        else:
+            text = f"{type(value).__name__} with a number of over 4300 digits"
+    except RecursionError:
+        text = f"{type(value).__name__} whose parts stand too deep in one another"
     return text if len(text) <= QUOTED else f"{text[:QUOTED]}... ({len(text)} characters)"
 
 
@@ -34,6 +41,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with code 2."""
+        message = " ".join(message.split())
+        if len(message) > 2 * QUOTED:
+            message = f"{message[:QUOTED]} ... {message[-QUOTED:]}"
         self.exit(2, f"error: {message}\n")
 
 
@@ -50,3 +60,82 @@ def exit_on_bad_input(debug: bool = False) -> Iterator[None]:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+# --- Ctrl-C ---
+
+
+def _stop(*_: object) -> NoReturn:
+    """Ends the process at once: no exception that a callback could swallow, no exit that waits for a computation."""
+    with contextlib.suppress(OSError):  # stderr is closed
+        os.write(2, b"error: interrupted\n")
+    os._exit(2)
+
+
+def stop_on_ctrl_c() -> None:
+    """From now on Ctrl-C ends the process with one sentence and exit code 2; called before the long imports.
+
+    A signal's Python handler waits until the main thread is back from C, which takes minutes while XLA compiles. So
+    a thread waits for the byte that the interpreter writes at once.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # ignored, as by nohup or a shell's &, or another program's
+    signal.signal(signal.SIGINT, _stop)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_stop_when_told, args=(reading,), daemon=True).start()
+
+
+def _stop_when_told(pipe: int) -> None:
+    while os.read(pipe, 1) != bytes([signal.SIGINT]) or signal.getsignal(signal.SIGINT) is not _stop:
+        pass
+    _stop()
+
+
+@contextlib.contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+    """Within, Ctrl-C is a KeyboardInterrupt, as Python has it: for work that leaves temporary folders otherwise."""
+    if signal.getsignal(signal.SIGINT) is not _stop or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _stop)
+
+
+# --- Standard streams ---
+
+
+def run(main: Callable[[], int]) -> int:
+    """`main`, on streams of any encoding, that may be full, or closed by the program that reads them; its exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the end
+        getattr(sys, name).reconfigure(errors="replace")  # a terminal without these symbols gets question marks
+    try:
+        try:
+            code = main()
+        except SystemExit as end:  # --help, or an error that was said
+            code = end.code
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        if not _stdout_is_broken():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more in the end
+        if isinstance(error, BrokenPipeError):
+            return 0  # as | head does
+        print(f"error: cannot write to the standard output ({error.strerror})", file=sys.stderr)
+        return 2
+
+
+def _stdout_is_broken() -> bool:
+    try:
+        sys.stdout.flush()
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError:
+        return True
+    return False

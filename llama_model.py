@@ -86,7 +86,9 @@ def count_parameters(params: Any) -> int:
 
 # --- Layers ---
 
-Rope = tuple[jax.Array, jax.Array]  # cos and sin, float32 [1, T, 1, H / 2] each
+Rope = tuple[
+    jax.Array, jax.Array
+]  # cos and sin, float32 [B, T, 1, H / 2] each; B is 1 where all sequences share positions
 
 VOCAB_CHUNK = 1024  # tokens of the vocabulary in one product of the loss: its logits are no larger than the MLP's rows
 MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F columns are the widest array of a layer
@@ -94,10 +96,10 @@ MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F column
 _matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
-def rope_table(config: LlamaConfig, positions_T: jax.Array) -> Rope:
+def rope_table(config: LlamaConfig, positions_BT: jax.Array) -> Rope:
     """Cos and sin of every position's angles (RoPE, arXiv 2104.09864)."""
-    angles_TH = jnp.outer(positions_T.astype(jnp.float32), jnp.asarray(rope_frequencies(config), jnp.float32))
-    angles = angles_TH[None, :, None]
+    frequencies = jnp.asarray(rope_frequencies(config), jnp.float32)
+    angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -117,10 +119,12 @@ def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
 def _linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any) -> jax.Array:
     """The only dtype decision of a product: inputs in `dtype`, sum and result in float32."""
     x_BTD, w_DF = x_BTD.astype(dtype), w_DF.astype(dtype)
-    if x_BTD.shape[:2] == (1, 1) and dtype == jnp.bfloat16:
-        # XLA's CPU multiplies one bfloat16 row by a matrix eight times slower than two rows.
-        return matmul("BTD,DF->BTF", jnp.repeat(x_BTD, 2, axis=1), w_DF)[:, :1]
-    return matmul("BTD,DF->BTF", x_BTD, w_DF)
+    return matmul("BTD,DF->BTF", _two_rows(x_BTD), w_DF)[:, : x_BTD.shape[1]]
+
+
+def _two_rows(x_BTD: jax.Array) -> jax.Array:
+    """A single bfloat16 row twice: XLA's CPU multiplies one by a matrix eight times slower than two."""
+    return jnp.repeat(x_BTD, 2, axis=1) if x_BTD.shape[:2] == (1, 1) and x_BTD.dtype == jnp.bfloat16 else x_BTD
 
 
 class Attention(nn.Module):
@@ -356,8 +360,8 @@ class LlamaModel(nn.Module):
 
         Keys and values are each layer's (k_BTKH, v_BTKH) of this shard's tokens.
         """
-        rope = rope_table(self.config, layout.local_positions())
-        x_BTD = self.tok_embeddings[ids_BT].astype(jnp.float32)
+        rope = rope_table(self.config, layout.local_positions()[None])
+        x_BTD = self._embed(ids_BT)
         tiles_by_layer: dict[int, jax.Array] = {}
         keys_values = []
         for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
@@ -373,8 +377,8 @@ class LlamaModel(nn.Module):
         self, ids_B: jax.Array, positions_B: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, dict[int, jax.Array], KVCache]:
         """One new token a sequence: its final, normed stream x_B1D, the tiles_BK1C that anchors chose, the cache."""
-        rope = tuple(x[:, None] for x in rope_table(self.config, positions_B))
-        x_B1D = self.tok_embeddings[ids_B].astype(jnp.float32)[:, None]
+        rope = rope_table(self.config, positions_B[:, None])
+        x_B1D = self._embed(ids_B[:, None])
         tiles_by_layer: dict[int, jax.Array] = {}
         layers = []
         for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
@@ -385,6 +389,14 @@ class LlamaModel(nn.Module):
             if chosen_BK1C is not None:
                 tiles_by_layer[i] = chosen_BK1C
         return rms_norm(x_B1D, self.norm, self.config.rms_norm_eps), tiles_by_layer, KVCache(tuple(layers))
+
+    def _embed(self, ids_BT: jax.Array) -> jax.Array:
+        table_VD = self.tok_embeddings
+        if table_VD.dtype != jnp.bfloat16:
+            return table_VD[ids_BT].astype(jnp.float32)
+        # XLA's CPU gathers no bfloat16: it would make a float32 copy of the whole table. Gathered as integers.
+        rows_BTD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[ids_BT]
+        return jax.lax.bitcast_convert_type(rows_BTD, jnp.bfloat16).astype(jnp.float32)
 
     def decode(self, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
         """N steps, the first at `positions_B`. A negative id stands for the likeliest token of the step before."""
@@ -459,7 +471,9 @@ class LlamaModel(nn.Module):
         size = self.config.vocab_size if size is None else size
         if self.config.tie_word_embeddings:
             w_VD = jax.lax.dynamic_slice_in_dim(self.tok_embeddings, start, size, axis=0)
-            return _linear(x_BTD, w_VD.T, self.dtype)
+            # The table comes first, as it is stored: as the second operand it would be transposed into a copy.
+            logits_VBT = matmul("VD,BTD->VBT", w_VD.astype(self.dtype), _two_rows(x_BTD.astype(self.dtype)))
+            return logits_VBT.transpose(1, 2, 0)[:, : x_BTD.shape[1]]
         return _linear(x_BTD, jax.lax.dynamic_slice_in_dim(self.output, start, size, axis=1), self.dtype)
 
     def _target_logits(self, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:

@@ -72,7 +72,7 @@ def reuse_step(
     B, Z, M = q_BNH.shape[0], k_ZSH.shape[0], selection.tile_size
     places_ZC, used_ZC = _places(tiles_BK1C)
     scores_ZGW = _scores(q_BNH, _gather(k_ZSH, places_ZC, M))
-    key_ZCM = places_ZC[..., None] * M + jnp.arange(M)
+    key_ZCM = places_ZC[..., None] * M + jnp.arange(M)[None, None]
     seen_ZCM = used_ZC[..., None] & (key_ZCM <= jnp.repeat(positions_B, Z // B)[:, None, None])
     scores_ZGW = jnp.where(seen_ZCM.reshape(Z, 1, -1), scores_ZGW, UNSEEN)
     return _attend(scores_ZGW, _gather(v_ZSH, places_ZC, M)).reshape(q_BNH.shape)
@@ -87,7 +87,8 @@ def _scores(q_BNH: jax.Array, k_ZSH: jax.Array) -> jax.Array:
 
 def _causal_scores(q_BNH: jax.Array, k_ZSH: jax.Array, positions_B: jax.Array) -> jax.Array:
     positions_Z = jnp.repeat(positions_B, k_ZSH.shape[0] // q_BNH.shape[0])
-    return jnp.where(jnp.arange(k_ZSH.shape[1]) <= positions_Z[:, None, None], _scores(q_BNH, k_ZSH), UNSEEN)
+    seen_Z1S = jnp.arange(k_ZSH.shape[1])[None, None] <= positions_Z[:, None, None]
+    return jnp.where(seen_Z1S, _scores(q_BNH, k_ZSH), UNSEEN)
 
 
 def _attend(scores_ZGS: jax.Array, v_ZSH: jax.Array) -> jax.Array:

@@ -127,7 +127,7 @@ def _attend_exactly(
         q_YGH, k_HS, v_SH, seen_P = head
         q_YGH, k_HS, v_SH = (x.astype(jnp.float32) for x in (q_YGH, k_HS, v_SH))
         scores = jnp.einsum("YGH,HS->YGS", q_YGH, k_HS, precision=lax.Precision.HIGHEST) * H**-0.5
-        visible_YS = (jnp.arange(S) <= rows_Y[:, None]) & jnp.repeat(seen_P, tile_size)[:S]
+        visible_YS = (jnp.arange(S)[None] <= rows_Y[:, None]) & jnp.repeat(seen_P, tile_size)[None, :S]
         weights = jax.nn.softmax(jnp.where(visible_YS[:, None], scores, -jnp.inf))
         mass_YS = jnp.pad(weights.sum(1), ((0, 0), (0, len(seen_P) * tile_size - S)))
         out_YGH = jnp.einsum("YGS,SH->YGH", weights, v_SH, precision=lax.Precision.HIGHEST)

@@ -99,7 +99,7 @@ def program(kind: str, config: LlamaConfig, length: int, selection: Selection) -
     layout = Layout.of(length, selection.block)
 
     def layer(block: Block, x_BTD: jax.Array, tiles_BKQC: jax.Array) -> jax.Array:
-        stream, _ = block.attend(x_BTD, rope_table(config, jnp.arange(length)), tiles_BKQC, layout)
+        stream, *_ = block.attend(x_BTD, rope_table(config, jnp.arange(length)[None]), tiles_BKQC, layout)
         return block.feed(stream)
 
     params = jax.eval_shape(partial(block.init, jax.random.key(0), method=layer), x_BTD, tiles_BKQC)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import html
-import math
 import re
 import sys
 import tempfile
@@ -51,6 +50,7 @@ from measure.machine import configure_device
 from measure.schedules import find_schedule
 from measure.search import LostMassTable, search_candidate
 from measure.settings import DP, MASS, PER_HEAD, PER_LAYER, UNIFORM, Settings, whole_number, whole_numbers
+from report.statistics import standard_error
 from report.tables import ResultsFile, markdown
 from weights.config import LlamaConfig
 from weights.folder import DEFAULT_WEIGHTS, read_manifest
@@ -416,11 +416,6 @@ def format_windows(windows: Sequence[Mapping[str, str]], oracle: Sequence[Mappin
 def log_perplexity_changes(windows: Sequence[Mapping[str, str]]) -> np.ndarray:
     """Percent, one for each window: 100 times its mean difference of nll."""
     return 100 * np.array([float(row["log_perplexity"]) for row in windows])
-
-
-def standard_error(values: np.ndarray) -> float | None:
-    """Of the mean of independent values; None for fewer than two."""
-    return None if values.size < 2 else float(values.std(ddof=1) / math.sqrt(values.size))
 
 
 # --- The command ---

@@ -1,4 +1,4 @@
-"""Decoding: each test window continued over the text's own tokens, what that costs and how long a token takes by depth."""
+"""Decoding: test windows continued over the text's own tokens, and how long a token takes by depth."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _groups(windows: Windows, batch: int) -> list[tuple[list[jax.Array], jax.Arr
     pairs = [(ids, after) for ids, after in zip(windows.test, windows.following, strict=False) if after is not None]
     if len(pairs) < batch:
         raise InputError(
-            f"batch {batch} needs as many test windows with the tokens that follow them, and the text holds {len(pairs)}"
+            f"batch {batch} needs as many test windows with tokens that follow them, and the text holds {len(pairs)}"
         )
     starts = range(0, len(pairs) - batch + 1, batch)
     return [
@@ -206,8 +206,9 @@ def step_densities(model: LlamaModel, tiles: Mapping[int, jax.Array], first_posi
 def bytes_per_step(
     model: LlamaModel, arms: Arms, depth: int, batch: int, layer_densities: Sequence[float] | None = None
 ) -> int:
-    """What a step reads: the weights once, all keys and values (dense), all keys and the chosen values (an anchor),
-    the chosen ones (reuse).
+    """What a step reads: the weights once, and of the cache what each kind of layer needs.
+
+    That is all keys and values (dense), all keys and the chosen values (anchor), the chosen keys and values (reuse).
     """
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(arms.params))
     if not model.config.tie_word_embeddings:

@@ -81,7 +81,7 @@ class LayerRunner:
         whole = Layout(self.length, self.length, 1)
 
         def project(params: Any, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            rope = rope_table(self.config, whole.local_positions())
+            rope = rope_table(self.config, whole.local_positions()[None])
             return self._block(DENSE).apply({"params": params}, x_BTD, rope, whole, method="queries_and_keys")
 
         return self._program("queries_and_keys", project)(self.params[f"layer_{layer}"], x_BTD)
@@ -116,7 +116,7 @@ class LayerRunner:
         return partial(self._apply, mode, layer)
 
     def _apply(self, mode: str, method: Callable[..., Any], params: Any, x_BTD: jax.Array, *tiles: jax.Array) -> Any:
-        rope = rope_table(self.config, self.layout.local_positions())
+        rope = rope_table(self.config, self.layout.local_positions()[None])
         return self._block(mode).apply({"params": params}, x_BTD, rope, *tiles, method=method)
 
     def _block(self, mode: str) -> Block:

@@ -19,7 +19,7 @@ from report.results import LongContext
 
 def run_windows(forward: Forward, params: Any, windows: Sequence[jax.Array]) -> list[Output]:
     """The forward of each window, int32 [1, T], one after another; the outputs are on the host."""
-    return [jax.device_get(forward(params, ids_BT)) for ids_BT in windows]
+    return [jax.device_get(forward(params, ids_BT)._replace(keys_values=None)) for ids_BT in windows]
 
 
 def compile_comparison(model: LlamaModel, mesh: Mesh | None) -> Callable[..., Comparison]:

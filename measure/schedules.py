@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,10 +25,11 @@ from kascade_core import (
 )
 from measure.layerwise import Calibration, Observation
 from measure.search import ranks_of, search_schedule, seen_by_query_tile
-from measure.settings import DP, MASS, MOST_TOKENS, SEARCH, Settings
+from measure.settings import DP, MASS, SEARCH, Settings
 from measure.texts import CalibratedOn
 from report.results import LimitCheck, write_json
-from weights.config import LlamaConfig
+from weights.config import MOST_LAYERS, LlamaConfig
+from weights.fields import Fields, in_file, read_json
 from weights.folder import Manifest
 
 
@@ -178,6 +177,7 @@ def load_head_maps(path: Path, config: LlamaConfig) -> np.ndarray:
 
 
 SCHEDULE_VERSION = 2
+LARGEST_FILE = 2**24  # bytes; 1,024 layers of 128 heads with head maps and budgets take 2 MB
 LAYER_FIELDS = ("mode", "anchor", "head_map", "budgets")
 
 
@@ -210,52 +210,41 @@ def load_schedule(path: Path, manifest: Manifest) -> SavedSchedule:
     Raises:
       InputError: the file cannot be read, is damaged or of another version, or was made for another model.
     """
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"schedule {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"schedule {path} is not JSON ({type(error).__name__}); save it anew") from error
-    try:
-        return _parse_schedule(saved, path, manifest)
-    except InputError as error:
-        raise InputError(f"schedule {path}: {error}") from error
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"schedule {path} is damaged ({type(error).__name__}: {quote(str(error))}); save it anew"
-        ) from error
-
-
-def _parse_schedule(saved: Mapping[str, Any], path: Path, manifest: Manifest) -> SavedSchedule:
-    version = saved["format_version"]
-    if version != SCHEDULE_VERSION:
-        raise InputError(f"format version {quote(version)}; this program reads version {SCHEDULE_VERSION}")
-    if saved["model"]["fingerprint"] != manifest.fingerprint:
-        raise InputError(
-            f"it was made for {quote(saved['model']['name'])}, whose weights are not those of {manifest.model} here; "
-            "make one for this model with --save_schedule"
+    saved = Fields(read_json(path, LARGEST_FILE))
+    with in_file(path):
+        version = saved.integer("format_version", low=0)
+        if version != SCHEDULE_VERSION:
+            raise InputError(f"format version {version}; this program reads version {SCHEDULE_VERSION}")
+        model, calibration = saved.within("model"), saved.within("calibration")
+        if model.text("fingerprint") != manifest.fingerprint:
+            raise InputError(
+                f"it was made for {quote(model.text('name'))}, whose weights are not those of {manifest.model} here; "
+                "make one for this model with --save_schedule"
+            )
+        layers = saved.objects("layers", most=MOST_LAYERS)
+        plans = freeze_schedule(
+            [_read_plan(layer) for layer in layers],
+            manifest.config.num_hidden_layers,
+            manifest.config.num_key_value_heads,
         )
-    sizes = saved["selection"]
-    for name, value in sizes.items():
-        if name != "anchor_scoring" and value is not None and type(value) not in (int, float):
-            raise InputError(f"selection: {quote(name)} must be a number, got {quote(value)}")
-    layers = [
-        LayerPlan(**{name: _frozen(entry[name]) for name in LAYER_FIELDS}, reason="loaded") for entry in saved["layers"]
-    ]
-    config = manifest.config
-    plans = freeze_schedule(layers, config.num_hidden_layers, config.num_key_value_heads)
-    return SavedSchedule(plans, Selection(**sizes), _parse_calibration(saved["calibration"]))
+        calibrated_on = CalibratedOn(
+            calibration.integer("tokens", low=2), calibration.integer("windows"), calibration.text("sha256")
+        )
+        return SavedSchedule(plans, _read_selection(saved.within("selection")), calibrated_on)
 
 
-def _parse_calibration(saved: Mapping[str, Any]) -> CalibratedOn:
-    tokens, windows, sha256 = saved["tokens"], saved["windows"], saved["sha256"]
-    if tuple(map(type, (tokens, windows, sha256))) != (int, int, str) or not (
-        1 < tokens <= MOST_TOKENS and 0 < windows <= MOST_TOKENS
-    ):
-        raise InputError(f"calibration must be a number of tokens, of windows, and a hash, got {quote(saved)}")
-    return CalibratedOn(tokens, windows, sha256)
+def _read_plan(layer: Fields) -> LayerPlan:
+    """One layer of a file; whether it fits the others and the model is `freeze_schedule`'s to say."""
+    mode = layer.text("mode")
+    anchor = layer.integer("anchor", low=0, default=None)
+    head_map, budgets = (layer.integers(name, low=low, default=None) for name, low in (("head_map", 0), ("budgets", 1)))
+    return LayerPlan(mode, anchor, head_map and tuple(head_map), budgets and tuple(budgets), reason="loaded")
 
 
-def _frozen(value: Any) -> Any:
-    """A JSON value that can be a field of a frozen plan."""
-    return tuple(value) if isinstance(value, list) else value
+def _read_selection(sizes: Fields) -> Selection:
+    if unknown := sorted(sizes.values.keys() - {field.name for field in dataclasses.fields(Selection)}):
+        raise InputError(f"{sizes.called(quote(unknown[0]))} is no size of a selection")
+    least = {"tile_size": 1, "top_k": 1, "query_tile": 1, "sink_tiles": 0, "local_tiles": 0, "min_tiles": 0}
+    values = {name: sizes.integer(name, low=low, default=None) for name, low in least.items()}
+    values |= {"density": sizes.number("density", default=None), "anchor_scoring": sizes.text("anchor_scoring", None)}
+    return Selection(**{name: value for name, value in values.items() if value is not None})

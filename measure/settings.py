@@ -16,6 +16,8 @@ from kascade_core import Selection
 from weights.config import LlamaConfig
 from weights.folder import DEFAULT_WEIGHTS
 
+DEFAULT_DECODE = 64
+DEFAULT_DEPTHS = (512, 2048, 8192)
 DEFAULT_TEXT = Path(__file__).resolve().parents[1] / "wikipedia_sample.txt"
 DTYPES = ("float32", "bfloat16", "float16")
 THRESHOLD, DP, SEARCH, LOADED = "threshold", "dp", "search", "loaded"  # what makes the schedule
@@ -100,6 +102,20 @@ class Settings:
         "implementation of attention; auto takes the device's own where it supports the sizes, otherwise xla",
         ("auto", *attention.KERNELS),
     )
+    decode: int | None = _flag(
+        None,
+        "tokens to decode after each test window, over the text's own next tokens; 0 for none "
+        f"({DEFAULT_DECODE}, or none where the text ends before)",
+    )
+    batch: int = _flag(1, "windows decoded at once")
+    prefill: str = _flag("sparse", "what fills the cache that the sparse arm decodes with", ("sparse", "dense"))
+    depths: tuple[int, ...] | None = _flag(
+        None,
+        "time decoding at these depths, on caches of random keys (512,2048,8192 up to the model's context; none with "
+        "--decode 0)",
+        metavar="N,N,...",
+    )
+    generate: int = _flag(0, "print the greedy continuation of the first test window by both arms, N tokens")
     json: Path | None = _flag(None, "write everything that was measured to FILE", metavar="FILE")
     sweep: tuple[int, ...] = _flag(
         (),
@@ -141,11 +157,18 @@ class Settings:
             object.__setattr__(self, name, value)
 
     def _check_ranges(self) -> None:
-        at_least_one = ("max_reuse_dist", "anchors", "n_runs", "windows", "calib_windows")
+        at_least_one = ("max_reuse_dist", "anchors", "n_runs", "windows", "calib_windows", "batch")
         for name, least in (*((name, 1) for name in at_least_one), ("seq_len", 2)):
             value = getattr(self, name)
             if value is not None and not least <= value <= MOST_TOKENS:
                 raise InputError(f"{name} must be at least {least} and below 2^31, got {quote(value)}")
+        for name in ("decode", "generate"):
+            if not 0 <= (getattr(self, name) or 0) <= MOST_TOKENS:
+                raise InputError(
+                    f"{name} must be 0 (for none) or more, and below 2^31, got {quote(getattr(self, name))}"
+                )
+        if self.depths and not 1 <= min(self.depths) <= max(self.depths) <= MOST_TOKENS:
+            raise InputError(f"depths must be at least 1 and below 2^31, got {quote(self.depths)}")
         if not 0 <= self.threshold <= 1:
             raise InputError(f"threshold must be in [0, 1], got {self.threshold}")
         if self.max_degradation is not None and not 0 < self.max_degradation < math.inf:
@@ -207,9 +230,24 @@ class Settings:
         try:
             if "load_schedule" in given and sizes:
                 raise InputError(f"{min(sizes)} has no effect with load_schedule: the tile sizes come from its file")
+            if "max_degradation" in given and (budget := {"top_k", "density", "min_tiles"} & sizes.keys()):
+                raise InputError(f"{min(budget)} has no effect with max_degradation, which finds the budgets itself")
             return cls(selection=Selection(**sizes), **given)
         except InputError as error:
             parser.error(str(error))
+
+    def check_files(self) -> None:
+        """Opens what is to be read later, before anything that takes long, such as fetching weights.
+
+        Raises:
+          InputError: a file that is missing or cannot be read.
+        """
+        for name in ("text", "calib_text", "load_schedule", "head_maps"):
+            if path := getattr(self, name):
+                try:
+                    path.open("rb").close()
+                except OSError as error:
+                    raise InputError(f"{name} {path} cannot be read: {error.strerror}") from error
 
     @property
     def test_windows(self) -> tuple[int, int]:
@@ -230,6 +268,12 @@ class Settings:
           InputError: more anchors than the model has layers to choose from, or anchor layers that it has not.
         """
         layers = config.num_hidden_layers
+        if self.depths is None:
+            context = config.max_position_embeddings
+            depths = () if self.decode == 0 else tuple(depth for depth in DEFAULT_DEPTHS if depth <= context)
+            return dataclasses.replace(self, depths=depths).for_model(config)
+        if layers < 2 and self.scheduler in (DP, SEARCH):
+            raise InputError(f"scheduler {self.scheduler} needs a second layer, for layer 0 is dense; use threshold")
         if self.anchor_layers and not 1 <= min(self.anchor_layers) <= max(self.anchor_layers) < layers:
             raise InputError(
                 f"anchor_layers must be from 1 to {layers - 1}, for layer 0 of the {layers} is dense, got "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from errors import InputError
-from measure.settings import MOST_TOKENS, Settings
+from measure.settings import DEFAULT_DECODE, MOST_TOKENS, Settings
 from weights.tokenizers import TextTokenizer
 
 
@@ -20,13 +20,15 @@ from weights.tokenizers import TextTokenizer
 class Windows:
     """Token ids, int32 [1, T] for each window, and what stands before each one's text, such as "<s>".
 
-    `calibration` is empty where a finished schedule was loaded; `calibrated_on` is what it was made from otherwise.
+    `calibration` is empty where a finished schedule was loaded. `following` holds, for each test window, the tokens
+    that follow it in the text, one more than are decoded; fewer windows have some where the text ends.
     """
 
     calibration: tuple[jax.Array, ...]
     test: tuple[jax.Array, ...]
     prefix: str
     prefix_tokens: int = 0
+    following: tuple[jax.Array, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ def load_windows(
         model.
     """
     text, calib_text = settings.text, settings.calib_text
+    more = DEFAULT_DECODE + 1 if settings.decode is None else settings.decode and settings.decode + 1
     length = settings.seq_len - len(tokenizer.prefix)
     if length < 1:
         raise InputError(f"seq_len must be above {len(tokenizer.prefix)}, the tokens that begin every window")
@@ -70,24 +73,45 @@ def load_windows(
     least_test, most_test = settings.test_windows
     if calibrated_on:
         start = _end_of_calibration(tokenizer, text, calibrated_on)
-        calibration, ids = [], read_tokens(tokenizer, text, start + most_test * length)
-        test = _cut(ids[start:], text, length, least_test)
+        calibration, ids = [], read_tokens(tokenizer, text, start + most_test * length + more)[start:]
+        test = _cut(ids[: most_test * length], text, length, least_test)
     elif calib_text is None or calib_text.resolve() == text.resolve():
-        ids = read_tokens(tokenizer, text, (most + most_test) * length)
-        windows = _cut(ids, text, length, least + least_test, f", {least} of them to calibrate on")
+        ids = read_tokens(tokenizer, text, (most + most_test) * length + more)
+        note = f", {least} of them to calibrate on"
+        windows = _cut(ids[: (most + most_test) * length], text, length, least + least_test, note)
         start = min(most, max(least, len(windows) - most_test))
-        calibration, test = windows[:start], windows[start : start + most_test]
+        calibration, test, ids = windows[:start], windows[start : start + most_test], ids[start * length :]
     else:
-        calibration, test = (
-            _cut(read_tokens(tokenizer, path, at_most * length), path, length, at_least)
-            for path, at_least, at_most in ((calib_text, least, most), (text, least_test, most_test))
-        )
+        calibration = _cut(read_tokens(tokenizer, calib_text, most * length), calib_text, length, least)
+        ids = read_tokens(tokenizer, text, most_test * length + more)
+        test = _cut(ids[: most_test * length], text, length, least_test)
     _check_windows(calibration, test, settings, vocab_size)
     calibration, test = (
         tuple(jnp.asarray([[*tokenizer.prefix, *window]], jnp.int32) for window in windows)
         for windows in (calibration, test)
     )
-    return Windows(calibration, test, tokenizer.prefix_text, len(tokenizer.prefix))
+    following = _following(ids, length, len(test), more, settings)
+    return Windows(calibration, test, tokenizer.prefix_text, len(tokenizer.prefix), following)
+
+
+def _following(
+    ids: Sequence[int], length: int, num_windows: int, count: int, settings: Settings
+) -> tuple[jax.Array, ...]:
+    """int32 [1, count] for each window of `length` ids that has so many after it.
+
+    Raises:
+      InputError: --decode asked for it, and fewer windows than are decoded at once have them.
+    """
+    ends = [end for end in range(length, num_windows * length + 1, length) if end + count <= len(ids)]
+    if len(ends) < settings.batch and settings.decode is None:
+        return ()
+    if count and len(ends) < settings.batch:
+        raise InputError(
+            f"text {settings.text} is too short to decode {settings.batch} window(s) at once: {count} tokens must "
+            f"follow each, so {settings.batch * length + count - len(ids)} more tokens are needed; ask for a smaller "
+            "--decode (0 for none) or --batch, or give another text"
+        )
+    return tuple(jnp.asarray([ids[end : end + count]], jnp.int32) for end in ends) if count else ()
 
 
 def _cut(ids: Sequence[int], path: Path, length: int, least: int, note: str = "") -> list[Sequence[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from report.results import (
     NOTHING_DROPPED,
     SUCCESS,
     SUCCESS_PCT,
+    Decoding,
+    DepthRow,
+    Generated,
     LimitCheck,
     LongContext,
     Machine,
@@ -27,6 +31,38 @@ from report.results import (
 )
 
 RULE = "=" * 70
+COLUMNS = 80  # of a terminal
+
+
+def fit(text: str) -> str:
+    """The text with lines of more than COLUMNS broken at spaces; a single word, such as a path, stays whole."""
+    return "\n".join(part for line in text.split("\n") for part in _broken(line))
+
+
+def _broken(line: str) -> list[str]:
+    if width(line) <= COLUMNS:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()))
+    first, *words = line.strip().split(" ")
+    parts = [indent + first]
+    for word in words:
+        if width(f"{parts[-1]} {word}") <= COLUMNS:
+            parts[-1] += f" {word}"
+        else:
+            parts.append(f"{indent}    {word}")
+    return parts
+
+
+def width(line: str) -> int:
+    """Columns of a terminal: wide letters and symbols take two, combining marks none."""
+    return sum(
+        1
+        if letter == "\ufe0f"  # asks for the wide form of the symbol before it
+        else 0
+        if unicodedata.category(letter) in ("Mn", "Me", "Cf")
+        else 1 + (unicodedata.east_asian_width(letter) in "WF")
+        for letter in line
+    )
 
 
 def configuration(settings: Any) -> str:
@@ -172,11 +208,12 @@ def quality(quality: Quality, settings: Any) -> str:
         f"   Density:           {quality.density:.2%} of the causal (query tile, key tile) pairs,",
         "                      counted over all layers",
     ]
-    asked = settings.selection.density
-    if asked is not None and not settings.load_schedule:
+    selection = settings.selection
+    if selection.density is not None and not settings.load_schedule:
+        least = f", at least {selection.min_tiles} tiles" if selection.min_tiles else ""
         lines.append(
-            f"                      (asked for {asked:.0%} in sparse layers: layer 0 is dense, and own, sink\n"
-            "                      and local tiles are always kept)"
+            f"                      (asked for {selection.density:.0%}{least} in sparse layers: layer 0 is dense, and\n"
+            "                      own, sink and local tiles are always kept)"
         )
     lines += [
         "   (Rows of one query tile share their choice of tiles: later rows help to choose",
@@ -326,8 +363,8 @@ def sweep_row(row: SweepRow) -> str:
     )
 
 
-def sweep_break_even(rows: Sequence[SweepRow]) -> str:
-    """Between which of the lengths sparse begins to be faster and stays so."""
+def sweep_break_even(rows: Sequence[SweepRow | DepthRow]) -> str:
+    """Between which of the lengths or depths sparse begins to be faster and stays so."""
     between = break_even(rows)
     if between is None:
         return "   Break-even: unknown, no length was measured"
@@ -342,3 +379,70 @@ def sweep_break_even(rows: Sequence[SweepRow]) -> str:
     return text + (
         f" (sparse was faster at {', '.join(map(str, early))} tokens too, but not in between)" if early else ""
     )
+
+
+# --- Decoding ---
+
+
+def decoding(found: Decoding, dtype: str) -> str:
+    """Quality and time of decoding, and what bounds the time."""
+    quality = found.quality
+    error = "" if quality.se_tokens is None else f" ± {100 * quality.se_tokens:.2f} over {quality.predictions} tokens"
+    top1 = "" if quality.same_top1_se is None else f" ± {100 * quality.same_top1_se:.1f}"
+    lines = [
+        f"🔁 DECODING {found.steps} tokens after {found.depth}, batch {found.batch}, {dtype}",
+        f"   ({quality.windows} window(s), {found.prefill} prefill)",
+        RULE,
+        "",
+        f"   Dense Perplexity:  {quality.dense_perplexity:.4f}",
+        f"   Sparse Perplexity: {quality.sparse_perplexity:.4f}",
+        f"   Degradation:       {quality.degradation_pct:+.4f}%{error}",
+        f"   KL from Dense:     {quality.kl.mean:.5f} nats a token; same top-1 token {quality.same_top1:.2%}{top1}",
+        f"   Density:           {quality.density:.2%}",
+        "   (A query tile is one row here: no row helps to choose for an earlier one.)",
+        "",
+        f"   Milliseconds a token (median [min, max] of {len(found.dense_ms)} passes):",
+    ]
+    for arm, times, size in (
+        ("dense", found.dense_ms, found.dense_bytes),
+        ("sparse", found.sparse_ms, found.sparse_bytes),
+    ):
+        lines.append(
+            f"   {arm.title() + ':':8} {spread(times):>22}  {found.tokens_per_second(arm):6.1f} tokens/s, reads "
+            f"{size / 1e6:.0f} MB,\n            {found.bandwidth_share(arm):.0%} of the memory's bandwidth"
+        )
+    lines.append(f"   Speedup: {found.speedup:.2f}x   (memory measured at {found.bytes_per_second / 1e9:.0f} GB/s)")
+    return "\n".join(lines) + "\n"
+
+
+DEPTH_COLUMNS = "{:>7} {:>19} {:>21} {:>19} {:>7}"
+
+
+def depths_header(batch: int) -> str:
+    """The columns of the table of depths."""
+    return (
+        f"📈 DECODING BY DEPTH (ms a token, median [min, max], batch {batch}, caches of random keys)\n"
+        "   (keep all: sparse layers made to keep every tile, which is what their bookkeeping costs)\n\n"
+        + DEPTH_COLUMNS.format("depth", "dense", "keep all", "sparse", "density")
+    )
+
+
+def depth_row(row: DepthRow) -> str:
+    """One depth's line."""
+    if row.skipped:
+        return f"{row.depth:7} skipped: it {row.skipped}"
+    times = (short_spread(times) for times in (row.dense_ms, row.keep_all_ms, row.sparse_ms))
+    beyond = "\n        (beyond the model's context: only time is meant)" if row.beyond_context else ""
+    return DEPTH_COLUMNS.format(row.depth, *times, f"{row.density:.1%}") + beyond
+
+
+def short_spread(times: Sequence[float]) -> str:
+    """Median [min, max] with one decimal."""
+    return f"{statistics.median(times):.1f} [{min(times):.1f}, {max(times):.1f}]"
+
+
+def continuations(found: Generated, dense_text: str, sparse_text: str) -> str:
+    """Both arms' greedy continuations, and where they part."""
+    where = "They are the same." if found.part_at is None else f"They part at token {found.part_at}."
+    texts = f"   Dense:  {dense_text!r}\n   Sparse: {sparse_text!r}\n"
+    return f"✍️  GREEDY CONTINUATION ({len(found.dense)} tokens)\n{texts}   {where}\n"

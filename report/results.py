@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import importlib.metadata
 import json
 import math
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from errors import InputError
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, perplexity_of
 from llama_model import Comparison
 from report.statistics import correlation, standard_error, standard_error_of_share, student_quantile
@@ -336,9 +338,7 @@ class Decoding:
 
     def bandwidth_share(self, arm: str) -> float:
         """Of the memory's measured bandwidth, that the median step reads its bytes at."""
-        ms, count = (
-            (self.dense_ms, self.dense_bytes) if arm == "dense" else (self.sparse_ms, self.sparse_bytes)
-        )
+        ms, count = (self.dense_ms, self.dense_bytes) if arm == "dense" else (self.sparse_ms, self.sparse_bytes)
         return count / (statistics.median(ms) / 1e3) / self.bytes_per_second
 
     def to_json(self) -> dict[str, Any]:
@@ -542,6 +542,10 @@ class Results:
             "speedup": timing.speedup,
             "sweep": [dataclasses.asdict(row) | {"speedup": row.speedup} for row in self.sweep],
             "sweep_break_even": break_even(self.sweep),
+            "decode": self.decoding and self.decoding.to_json(),
+            "decode_depths": [dataclasses.asdict(row) | {"speedup": row.speedup} for row in self.depths],
+            "decode_break_even": break_even(self.depths),
+            "generate": self.generated and dataclasses.asdict(self.generated) | {"part_at": self.generated.part_at},
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 
@@ -569,19 +573,49 @@ def layer_types(plans: Sequence[LayerPlan]) -> str:
     return "".join("S" if plan.mode == REUSE else "F" for plan in plans)
 
 
+def is_stdout(path: Path | None) -> bool:
+    """Whether a report goes to the standard output."""
+    return str(path) in ("-", "/dev/stdout")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all; "-" and /dev/stdout are standard output."""
+    """Writes a file whole or not at all; "-" and /dev/stdout are standard output.
+
+    Raises:
+      InputError: the file cannot be written; what was there is as it was.
+    """
     text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
-    if str(path) in ("-", "/dev/stdout"):
+    if is_stdout(path):
         sys.stdout.write(text)
         return
     path = path.resolve()  # what a symbolic link points to, not the link
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        _remove_leftovers(path)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); give a file where there is room for it") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the temporary files beside `path` of processes that were killed while they wrote it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        pid = left.name.rsplit(".", 1)[1]
+        if pid.isdecimal() and not _runs(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's; no number of a process
+        pass
+    return True
 
 
 def _finite(value: Any) -> Any:

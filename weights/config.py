@@ -1,10 +1,11 @@
-"""The shape of one LLaMA model, and the names and shapes of its arrays."""
+"""The shape of one LLaMA-like model, what its family's files leave out, and the names and shapes of its arrays."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,39 @@ from weights.fields import LARGEST, Fields
 
 MOST_LAYERS = 1024  # the deepest released LLaMA has 126; a number from a damaged file must not fill the memory
 EMBEDDINGS_CHUNK = "embeddings.pkl"
+
+
+class Family(NamedTuple):
+    """What sets the models of one model_type apart from LLaMA's.
+
+    Attributes:
+      defaults: what their config.json may leave out, where transformers then takes another value than for a LLaMA.
+      window: whether transformers heeds a sliding_window.
+      qkv_bias: whether q, k and v have biases, whatever the config says.
+      qk_norm: whether the heads' q and k are normed before RoPE.
+      no_rope_interval: if no_rope_layers is left out, every so many layers one has no RoPE; 0 for none.
+    """
+
+    defaults: Mapping[str, Any] = {}
+    window: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    no_rope_interval: int = 0
+
+
+_QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768}
+FAMILIES = {  # by model_type; the defaults are those of transformers' configuration classes
+    "llama": Family(window=False),
+    "mistral": Family({"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072}),
+    "qwen2": Family(_QWEN, qkv_bias=True),
+    "qwen3": Family(_QWEN | {"head_dim": 128}, qk_norm=True),
+    "phi3": Family({"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
+    "smollm3": Family(
+        {"use_sliding_window": False, "rope_theta": 2e6, "tie_word_embeddings": True, "num_key_value_heads": 4}
+        | {"max_position_embeddings": 32768},
+        no_rope_interval=4,
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +74,47 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """The shape of one LLaMA model; every name is that of a Hugging Face `LlamaConfig`.
+class RopeFactors:
+    """What each RoPE frequency is divided by: what every other kind of scaling comes to.
+
+    Attributes:
+      factors: [head_dim / 2].
+      attention_factor: cos and sin are multiplied by it.
+      long_factors: instead of `factors` where a sequence is longer than original_max_position_embeddings; None if
+        there are no others.
+      original_max_position_embeddings: tokens; None where nothing depends on it.
 
     Raises:
-      InputError: a size below 1, an odd head_dim, or query heads that do not divide into the KV heads' groups.
+      InputError: a value that is not above 0, or no two lists of the same length.
+    """
+
+    factors: tuple[float, ...]
+    attention_factor: float = 1.0
+    long_factors: tuple[float, ...] | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        fields = Fields(vars(self), "rope_scaling.")
+        object.__setattr__(self, "factors", fields.numbers("factors", len(self.factors)))
+        object.__setattr__(self, "attention_factor", fields.number("attention_factor"))
+        if self.long_factors is not None:
+            object.__setattr__(self, "long_factors", fields.numbers("long_factors", len(self.factors)))
+            fields.integer("original_max_position_embeddings")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of one LLaMA-like model; most names are those of a Hugging Face `LlamaConfig`.
+
+    Attributes:
+      qkv_bias, output_bias: whether wq, wk and wv, and wo, have biases.
+      qk_norm: whether each head's q and k are normed before RoPE.
+      sliding_window: keys that a token attends to, its own among them; None for all before it.
+      no_rope_layers: the layers without RoPE.
+
+    Raises:
+      InputError: a size below 1, an odd head_dim, query heads that do not divide into the KV heads' groups, RoPE
+        factors for another head_dim, or a layer without RoPE that is none.
     """
 
     vocab_size: int
@@ -58,7 +128,12 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | RopeFactors | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    no_rope_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         fields = Fields(vars(self))
@@ -66,7 +141,12 @@ class LlamaConfig:
             _size(fields, field.name)
         for name in ("rope_theta", "rms_norm_eps"):
             object.__setattr__(self, name, fields.number(name))
-        fields.boolean("tie_word_embeddings")
+        for name in ("tie_word_embeddings", "qkv_bias", "output_bias", "qk_norm"):
+            fields.boolean(name)
+        fields.integer("sliding_window", default=None)
+        object.__setattr__(self, "no_rope_layers", fields.integers("no_rope_layers", 0, self.num_hidden_layers - 1))
+        if isinstance(self.rope_scaling, RopeFactors) and len(self.rope_scaling.factors) != self.head_dim // 2:
+            raise InputError(f"expected {self.head_dim // 2} RoPE factors, got {len(self.rope_scaling.factors)}")
         if self.head_dim % 2:
             raise InputError(f"head_dim must be even for RoPE, got {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -83,7 +163,8 @@ class LlamaConfig:
           InputError: a field that is unknown, missing or senseless.
         """
         scaling = Fields(values).object("rope_scaling", default=None)
-        return _from_fields(cls, {**values, "rope_scaling": scaling and _from_fields(RopeScaling, scaling)})
+        kind = RopeFactors if scaling and "factors" in scaling else RopeScaling
+        return _from_fields(cls, {**values, "rope_scaling": scaling and _from_fields(kind, scaling)})
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], names: Mapping[str, str] | None = None) -> LlamaConfig:
@@ -97,8 +178,9 @@ class LlamaConfig:
           UnsupportedError: an architecture, or a feature of one, that this model does not compute.
           InputError: a field that is missing or senseless.
         """
-        fields = Fields(config, names=names or {})
-        _refuse_unsupported(fields)
+        family = _family(Fields(config, names=names or {}))
+        fields = Fields({**family.defaults, **config}, names=names or {})
+        _refuse_unsupported(fields, family)
         old, new = (fields.object(name, default={}) for name in ("rope_scaling", "rope_parameters"))
         rope = Fields(old | new, fields.called("rope_parameters." if new else "rope_scaling."), fields.names)
         heads, width = _size(fields, "num_attention_heads"), _size(fields, "hidden_size")
@@ -107,7 +189,8 @@ class LlamaConfig:
             raise InputError(
                 f"hidden_size ({width}) must be a multiple of num_attention_heads ({heads}), or have head_dim"
             )
-        return cls(
+        bias = fields.boolean("attention_bias", default=False)
+        plain = cls(
             vocab_size=_size(fields, "vocab_size"),
             hidden_size=width,
             intermediate_size=_size(fields, "intermediate_size"),
@@ -119,8 +202,13 @@ class LlamaConfig:
             rope_theta=rope.number("rope_theta", default=fields.number("rope_theta", default=10000.0)),
             rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
-            rope_scaling=_rope_scaling_from_hf(rope),
+            qkv_bias=bias or family.qkv_bias,
+            output_bias=bias,
+            qk_norm=family.qk_norm,
+            sliding_window=_window(fields),
+            no_rope_layers=_layers_without_rope(fields, family),
         )
+        return dataclasses.replace(plain, rope_scaling=_rope_scaling_from_hf(rope, fields, plain))
 
 
 def _size(fields: Fields, name: str) -> int:
@@ -136,30 +224,155 @@ def _from_fields(cls: type, values: Mapping[str, Any]) -> Any:
     return cls(**values)
 
 
-def _refuse_unsupported(fields: Fields) -> None:
-    architectures = fields.texts("architectures", default=[])
+def _family(fields: Fields) -> Family:
+    """The row of FAMILIES. The architectures, if named, are spelled in several ways, and go by model_type."""
     model_type = fields.text("model_type", default="llama")
-    if model_type != "llama" or any(name.lower() != "llamaforcausallm" for name in architectures):
+    architectures = fields.texts("architectures", default=[])
+    classes = (f"{model_type}forcausallm", f"{model_type}model")
+    if model_type not in FAMILIES or any(name.lower() not in classes for name in architectures):
         name = ", ".join(architectures) or model_type
         raise UnsupportedError(
-            f"architecture {quote(name)} (model_type {quote(model_type)}) is not supported; only llama is"
+            f"architecture {quote(name)} (model_type {quote(model_type)}) is not supported; "
+            f"{', '.join(FAMILIES)} are, as causal language models"
         )
-    for feature in ("attention_bias", "mlp_bias", "sliding_window"):
-        if fields.values.get(feature):
-            value = quote(fields.values[feature])
-            raise UnsupportedError(f"{fields.called(feature)}={value} is not supported by this LLaMA")
+    return FAMILIES[model_type]
+
+
+def _refuse_unsupported(fields: Fields, family: Family) -> None:
+    features = {"mlp_bias": False, "partial_rotary_factor": 1.0}
+    features |= {} if family.window else {"sliding_window": None}
+    for feature, plain in features.items():
+        if (value := fields.values.get(feature)) and value != plain:
+            raise UnsupportedError(f"{fields.called(feature)}={quote(value)} is not supported in this architecture")
     if (activation := fields.text("hidden_act", default="silu")) not in ("silu", "swish"):  # two names of one function
         raise UnsupportedError(f"hidden_act={quote(activation)} is not supported; only silu is")
 
 
-def _rope_scaling_from_hf(rope: Fields) -> RopeScaling | None:
+def _window(fields: Fields) -> int | None:
+    """The sliding window of all layers, or None.
+
+    Raises:
+      UnsupportedError: some layers have it and some have not.
+    """
+    window = fields.integer("sliding_window", default=None)
+    if window is None or not fields.boolean("use_sliding_window", default=True):
+        return None
+    first = fields.integer("max_window_layers", low=0, default=0)
+    layers = _size(fields, "num_hidden_layers")
+    kinds = fields.texts("layer_types", default=None) or ["full_attention"] * first + ["sliding_attention"] * layers
+    kinds = set(kinds[:layers])
+    if kinds == {"full_attention"}:
+        return None
+    if kinds != {"sliding_attention"}:
+        name = fields.called("sliding_window")
+        raise UnsupportedError(f"{name}={window} in some layers only ({', '.join(sorted(kinds))}) is not supported")
+    return window
+
+
+def _layers_without_rope(fields: Fields, family: Family) -> tuple[int, ...]:
+    layers = range(_size(fields, "num_hidden_layers"))
+    interval = (
+        fields.integer("no_rope_layer_interval", default=family.no_rope_interval) if family.no_rope_interval else 0
+    )
+    flags = fields.integers("no_rope_layers", 0, 1, default=None) if interval else None  # 1 is a layer with RoPE
+    if flags is None:
+        return tuple(i for i in layers if interval and (i + 1) % interval == 0)
+    if len(flags) < len(layers):
+        raise fields.refused("no_rope_layers", f"a list of {len(layers)} numbers, one for each layer")
+    return tuple(i for i in layers if not flags[i])
+
+
+# --- RoPE ---
+
+
+def _rope_scaling_from_hf(rope: Fields, fields: Fields, config: LlamaConfig) -> RopeScaling | RopeFactors | None:
+    """The scaling of a config that has everything else."""
     kind = rope.text("rope_type", default=None) or rope.text("type", default="default")
+    if (share := rope.number("partial_rotary_factor", default=1.0)) != 1:
+        raise UnsupportedError(f"{rope.called('partial_rotary_factor')}={share} is not supported; only 1 is")
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise UnsupportedError(f"rope_type {quote(kind)} is not supported; default and llama3 are")
-    factors = {name: rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
-    return RopeScaling(**factors, original_max_position_embeddings=rope.integer("original_max_position_embeddings"))
+    if kind == "dynamic":  # within the context, as it was trained
+        rope.number("factor")
+        return None
+    if kind == "linear":
+        return RopeFactors((rope.number("factor"),) * (config.head_dim // 2))
+    length = fields.integer("original_max_position_embeddings", default=None)
+    context = config.max_position_embeddings
+    length = length or rope.integer("original_max_position_embeddings", default=context)
+    if kind == "llama3":
+        factors = {name: rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+        return RopeScaling(**factors, original_max_position_embeddings=length)
+    if kind in ("longrope", "su") or (kind == "yarn" and "short_factor" in rope.values):  # earlier names of one kind
+        return _longrope(rope, config, length)
+    if kind == "yarn":
+        return _yarn(rope, config, length)
+    raise UnsupportedError(
+        f"rope_type {quote(kind)} is not supported; default, linear, dynamic, llama3, yarn and longrope are"
+    )
+
+
+def _longrope(rope: Fields, config: LlamaConfig, length: int) -> RopeFactors:
+    """LongRoPE's factors (arXiv 2402.13753)."""
+    short, long = (rope.numbers(name, config.head_dim // 2) for name in ("short_factor", "long_factor"))
+    factor = rope.number("factor", default=config.max_position_embeddings / length)
+    default = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 and length > 1 else 1.0
+    return RopeFactors(short, rope.number("attention_factor", default=default), long, length)
+
+
+def _yarn(rope: Fields, config: LlamaConfig, length: int) -> RopeFactors:
+    """YaRN's factors (arXiv 2309.00071).
+
+    Frequencies that turn more than beta_fast times over the original length are kept, those that turn less than
+    beta_slow times are divided by `factor`; in between one goes over
+    into the other linearly with the frequency's number.
+    """
+    factor = rope.number("factor", default=config.max_position_embeddings / length)
+    H, base = config.head_dim, config.rope_theta
+
+    def index_of(turns: float) -> float:
+        return H * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = index_of(rope.number("beta_fast", default=32.0))
+    high = index_of(rope.number("beta_slow", default=1.0))
+    if rope.boolean("truncate", default=True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, H - 1)
+    divided = np.clip((np.arange(H // 2) - low) / ((high - low) or 0.001), 0, 1)
+    factors = 1 / (divided / factor + 1 - divided)
+
+    def mscale(scale: float | None) -> float:
+        return 0.1 * (scale or 1.0) * math.log(factor) + 1 if factor > 1 else 1.0
+
+    top, bottom = (rope.number(name, default=None) for name in ("mscale", "mscale_all_dim"))
+    default = mscale(top) / mscale(bottom) if top and bottom else mscale(None)
+    return RopeFactors(tuple(factors.tolist()), rope.number("attention_factor", default=default))
+
+
+def rope_frequencies(config: LlamaConfig, long: bool = False) -> np.ndarray:
+    """float64 [H / 2], radians a token; RoPE (arXiv 2104.09864), scaled where the config has it.
+
+    LLaMA 3.1 divides the frequency of wavelengths above original / low_freq_factor by `factor`, keeps those under
+    original / high_freq_factor, and goes over from one to the other linearly in original / wavelength.
+
+    Args:
+      config: the model's.
+      long: for a sequence longer than the original length, where the scaling has factors for it.
+    """
+    H = config.head_dim
+    frequencies = config.rope_theta ** (-np.arange(0, H, 2, dtype=np.float64) / H)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if isinstance(scaling, RopeFactors):
+        return frequencies / np.array(scaling.long_factors if long and scaling.long_factors else scaling.factors)
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = np.clip(kept, 0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+# --- Arrays ---
 
 
 def layer_chunk(layer: int) -> str:
@@ -169,11 +382,14 @@ def layer_chunk(layer: int) -> str:
 
 def chunk_shapes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
     """Every chunk's file name with the nested dict of shapes it holds; matrices are [in, out]."""
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    NH = config.num_attention_heads * config.head_dim
-    KH = config.num_key_value_heads * config.head_dim
+    D, F, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    NH, KH = config.num_attention_heads * H, config.num_key_value_heads * H
+    attention = {"wq": (D, NH), "wk": (D, KH), "wv": (D, KH), "wo": (NH, D)}
+    attention |= {"bq": (NH,), "bk": (KH,), "bv": (KH,)} if config.qkv_bias else {}
+    attention |= {"bo": (D,)} if config.output_bias else {}
+    attention |= {"q_norm": (H,), "k_norm": (H,)} if config.qk_norm else {}
     layer = {
-        "attention": {"wq": (D, NH), "wk": (D, KH), "wv": (D, KH), "wo": (NH, D)},
+        "attention": attention,
         "feed_forward": {"w1": (D, F), "w2": (F, D), "w3": (D, F)},
         "attention_norm": (D,),
         "ffn_norm": (D,),
@@ -182,20 +398,3 @@ def chunk_shapes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
     if not config.tie_word_embeddings:
         embeddings["output"] = (D, V)
     return {EMBEDDINGS_CHUNK: embeddings} | {layer_chunk(i): layer for i in range(config.num_hidden_layers)}
-
-
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """float64 [H / 2], radians a token; RoPE (arXiv 2104.09864) with LLaMA 3's scaling where the config has it.
-
-    LLaMA 3.1 divides the frequency of wavelengths above original / low_freq_factor by `factor`, keeps those under
-    original / high_freq_factor, and goes over from one to the other linearly in original / wavelength.
-    """
-    H = config.head_dim
-    frequencies = config.rope_theta ** (-np.arange(0, H, 2, dtype=np.float64) / H)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = np.clip(kept, 0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)

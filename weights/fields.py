@@ -37,15 +37,15 @@ def in_file(path: Path | str) -> Iterator[None]:
             raise type(error)(f"{path}: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object, with or without a byte order mark.
+def read_json(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
+    """Reads a JSON object of at most `largest` bytes, with or without a byte order mark.
 
     Raises:
       InputError: no UTF-8, no JSON, no object, or one that is too large, too deep or has a number of too many digits.
     """
     with in_file(path):
-        if (size := path.stat().st_size) > LARGEST_JSON:
-            raise InputError(f"{size} bytes, expected a JSON file of at most {LARGEST_JSON}")
+        if (size := path.stat().st_size) > largest:
+            raise InputError(f"{size} bytes, expected a JSON file of at most {largest}")
         try:
             value = json.loads(path.read_text(encoding="utf-8-sig"))
         except json.JSONDecodeError as error:
@@ -117,6 +117,16 @@ class Fields:
             raise self.refused(name, expected)
         return number
 
+    def numbers(self, name: str, count: int, default: Any = REQUIRED) -> Any:
+        """A list of `count` finite numbers above 0, as a tuple of floats."""
+        expected = f"a list of {count} numbers above 0"
+        value = self._read(name, expected, default)
+        if value is default:
+            return default
+        if type(value) not in (list, tuple) or len(value) != count:
+            raise self.refused(name, expected)
+        return tuple(Fields({name: item}, self.prefix, self.names).number(name) for item in value)
+
     def _of_type(self, kind: type, name: str, expected: str, default: Any) -> Any:
         value = self._read(name, expected, default)
         if value is not default and type(value) is not kind:
@@ -140,6 +150,25 @@ class Fields:
         if value is not default and any(type(item) is not str for item in value):
             raise self.refused(name, "a list of texts")
         return value
+
+    def integers(self, name: str, low: int = 0, high: int = LARGEST, default: Any = REQUIRED) -> Any:
+        """A list of whole numbers from `low` to `high`, as a tuple."""
+        expected = f"a list of whole numbers from {low} to {high}"
+        value = self._read(name, expected, default)
+        if value is default:
+            return default
+        if type(value) not in (list, tuple) or any(type(item) is not int or not low <= item <= high for item in value):
+            raise self.refused(name, expected)
+        return tuple(value)
+
+    def objects(self, name: str, most: int) -> list[Fields]:
+        """The fields of each of a list of at most `most` objects."""
+        items = self._of_type(list, name, "a list of objects", REQUIRED)
+        if len(items) > most:
+            raise InputError(f"{self.called(name)} must be a list of at most {most} objects, got {len(items)}")
+        if any(type(item) is not dict for item in items):
+            raise self.refused(name, "a list of objects")
+        return [Fields(item, f"{self.called(name)}[{i}].") for i, item in enumerate(items)]
 
     def object(self, name: str, default: Any = REQUIRED) -> Any:
         """An object, as a dict."""
