@@ -435,7 +435,8 @@ def test_debug_shows_the_traceback(files):
 
 
 @pytest.mark.parametrize(
-    ("removed", "sentence"), [("layer_1.pkl", "layer_1.pkl: missing; convert the model anew"), ("tokenizer.json", "tokenizer.json")]
+    ("removed", "sentence"),
+    [("layer_1.pkl", "layer_1.pkl: missing; convert the model anew"), ("tokenizer.json", "tokenizer.json")],
 )
 def test_a_folder_without_one_of_its_files(capsys, folder, tmp_path, removed, sentence):
     damaged = shutil.copytree(folder / "weights", tmp_path / "weights")
