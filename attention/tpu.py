@@ -291,8 +291,8 @@ def check_step(selection: Selection, cache_shape: tuple[int, int, int], dtype: A
     if jnp.dtype(dtype) != jnp.bfloat16:
         raise UnsupportedError(f"the TPU's paged attention computes with keys in bfloat16, got {jnp.dtype(dtype)}")
     page = _dense_page(S)
-    lists = {page: S // page, M: selection.slots(S // M)}
-    needed = max(4 * Z * _whole_blocks(slots, size) for size, slots in lists.items())
+    lists = ((S // page, page), (selection.slots(S // M), M))
+    needed = max(4 * Z * _whole_blocks(slots, size) for slots, size in lists)
     if needed > USABLE_SMEM:
         raise UnsupportedError(
             f"the TPU's scalar memory of {SMEM_BYTES} bytes does not hold the page lists of {Z} KV heads of all "
