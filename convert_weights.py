@@ -42,7 +42,8 @@ from weights.folder import (
     replacing,
     write_chunk,
 )
-from weights.sources import Checkpoint, check_names, open_checkpoint, read_arrays
+from weights.sources import open_checkpoint
+from weights.tensors import Checkpoint, check_names, read_arrays
 from weights.tokenizers import write_tokenizer
 
 Say = Callable[[str], None]
@@ -73,8 +74,7 @@ def convert(
     numpy_dtype(dtype)
     if source.resolve().is_relative_to(output):
         raise InputError(f"output folder {output} holds the input {source}; give another --output")
-    check_names(checkpoint)
-    for warning in checkpoint.tokenizer.warnings:
+    for warning in (*checkpoint.warnings, *check_names(checkpoint), *checkpoint.tokenizer.warnings):
         say(f"warning: {warning}")
 
     def build(folder: Path) -> None:

@@ -29,7 +29,7 @@ from errors import Parser, exit_on_bad_input
 from report.tables import markdown, markdown_row, spread
 from weights.config import LlamaConfig
 from weights.folder import DEFAULT_WEIGHTS, read_chunks, read_manifest
-from weights.sources import HUGGING_FACE, NAMES
+from weights.tensors import HUGGING_FACE, NAMES
 from weights.tokenizers import TextTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def build_baseline(weights_dir: Path, dtype: str) -> Any:
 
 
 def named_arrays(chunk: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of a chunk by the names of `weights.sources.NAMES`, such as "attention.wq"."""
+    """The arrays of a chunk by the names of `weights.tensors.NAMES`, such as "attention.wq"."""
     for name, value in chunk.items():
         if isinstance(value, Mapping):
             yield from named_arrays(value, f"{prefix}{name}.")

@@ -208,11 +208,12 @@ def quality(quality: Quality, settings: Any) -> str:
         f"   Density:           {quality.density:.2%} of the causal (query tile, key tile) pairs,",
         "                      counted over all layers",
     ]
-    asked = settings.selection.density
-    if asked is not None and not settings.load_schedule:
+    selection = settings.selection
+    if selection.density is not None and not settings.load_schedule:
+        least = f", at least {selection.min_tiles} tiles" if selection.min_tiles else ""
         lines.append(
-            f"                      (asked for {asked:.0%} in sparse layers: layer 0 is dense, and own, sink\n"
-            "                      and local tiles are always kept)"
+            f"                      (asked for {selection.density:.0%}{least} in sparse layers: layer 0 is dense, and\n"
+            "                      own, sink and local tiles are always kept)"
         )
     lines += [
         "   (Rows of one query tile share their choice of tiles: later rows help to choose",

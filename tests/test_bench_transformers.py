@@ -18,7 +18,7 @@ from errors import InputError
 from kascade_core import perplexity_of
 from llama_model import LlamaModel, load_weights
 from weights.folder import read_chunks, read_manifest
-from weights.sources import HUGGING_FACE, NAMES
+from weights.tensors import HUGGING_FACE, NAMES
 from weights.tokenizers import load_tokenizer
 
 NAME = "gqa_llama3_untied"  # three layers, two KV heads, 50 words

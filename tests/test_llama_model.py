@@ -115,7 +115,7 @@ def test_a_reuse_layer_attends_to_its_anchors_tiles_through_its_head_map(loaded,
     model = LlamaModel(config, SPARSE, SMALL)
     chosen = run(model, params, ids).tiles[1]
     layout = Layout.of(61, SMALL.block)
-    rope = llama_model.rope_table(config, layout.local_positions())
+    rope = llama_model.rope_table(config, layout.local_positions()[None])
     x_BTD = jax.random.normal(jax.random.key(0), (2, layout.padded, config.hidden_size))
     blocks = [
         llama_model.Block(config, LayerPlan(REUSE, 1, (0, 1)), SMALL, False, jnp.float32, None).apply(

@@ -41,7 +41,7 @@ def settings(text, **values):
 
 def test_the_default_takes_four_windows_after_the_calibration_part(numbers):
     tokenizer = Numbers()
-    windows = load_windows(tokenizer, settings(numbers(0, 200)), 300)
+    windows = load_windows(tokenizer, settings(numbers(0, 200), decode=0), 300)
     assert (firsts(windows.calibration), firsts(windows.test)) == ([0], [16, 32, 48, 64])
     assert all(ids.shape == (1, 16) for ids in (*windows.calibration, *windows.test))
     assert tokenizer.asked == [5 * 16], "no more is tokenised than the windows take"

@@ -31,7 +31,8 @@ from weights import sources
 from weights.config import LlamaConfig, RopeScaling, chunk_shapes, layer_chunk
 from weights.folder import DTYPES
 from weights.gguf_file import read_gguf
-from weights.sources import check_names, half_split_rows, open_checkpoint, read_arrays, with_rope_factors
+from weights.sources import open_checkpoint, with_rope_factors
+from weights.tensors import check_names, half_split_rows, read_arrays
 
 RELEASED_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0}
 RELEASED_ROPE |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

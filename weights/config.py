@@ -144,7 +144,7 @@ class LlamaConfig:
         for name in ("tie_word_embeddings", "qkv_bias", "output_bias", "qk_norm"):
             fields.boolean(name)
         fields.integer("sliding_window", default=None)
-        object.__setattr__(self, "no_rope_layers", fields.integers("no_rope_layers", self.num_hidden_layers - 1))
+        object.__setattr__(self, "no_rope_layers", fields.integers("no_rope_layers", 0, self.num_hidden_layers - 1))
         if isinstance(self.rope_scaling, RopeFactors) and len(self.rope_scaling.factors) != self.head_dim // 2:
             raise InputError(f"expected {self.head_dim // 2} RoPE factors, got {len(self.rope_scaling.factors)}")
         if self.head_dim % 2:
@@ -274,7 +274,7 @@ def _layers_without_rope(fields: Fields, family: Family) -> tuple[int, ...]:
     interval = (
         fields.integer("no_rope_layer_interval", default=family.no_rope_interval) if family.no_rope_interval else 0
     )
-    flags = fields.integers("no_rope_layers", 1, default=None) if interval else None  # 1 is a layer with RoPE
+    flags = fields.integers("no_rope_layers", 0, 1, default=None) if interval else None  # 1 is a layer with RoPE
     if flags is None:
         return tuple(i for i in layers if interval and (i + 1) % interval == 0)
     if len(flags) < len(layers):

@@ -127,16 +127,6 @@ class Fields:
             raise self.refused(name, expected)
         return tuple(Fields({name: item}, self.prefix, self.names).number(name) for item in value)
 
-    def integers(self, name: str, high: int, default: Any = REQUIRED) -> Any:
-        """A list of whole numbers from 0 to `high`, as a tuple."""
-        expected = f"a list of whole numbers from 0 to {high}"
-        value = self._read(name, expected, default)
-        if value is default:
-            return default
-        if type(value) not in (list, tuple) or any(type(item) is not int or not 0 <= item <= high for item in value):
-            raise self.refused(name, expected)
-        return tuple(value)
-
     def _of_type(self, kind: type, name: str, expected: str, default: Any) -> Any:
         value = self._read(name, expected, default)
         if value is not default and type(value) is not kind:
@@ -161,13 +151,15 @@ class Fields:
             raise self.refused(name, "a list of texts")
         return value
 
-    def integers(self, name: str, low: int = 1, high: int = LARGEST, default: Any = REQUIRED) -> Any:
-        """A list of whole numbers from `low` to `high`."""
+    def integers(self, name: str, low: int = 0, high: int = LARGEST, default: Any = REQUIRED) -> Any:
+        """A list of whole numbers from `low` to `high`, as a tuple."""
         expected = f"a list of whole numbers from {low} to {high}"
-        value = self._of_type(list, name, expected, default)
-        if value is not default and any(type(item) is not int or not low <= item <= high for item in value):
+        value = self._read(name, expected, default)
+        if value is default:
+            return default
+        if type(value) not in (list, tuple) or any(type(item) is not int or not low <= item <= high for item in value):
             raise self.refused(name, expected)
-        return value
+        return tuple(value)
 
     def objects(self, name: str, most: int) -> list[Fields]:
         """The fields of each of a list of at most `most` objects."""

@@ -7,61 +7,49 @@ import pickle
 import re
 import shlex
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from errors import InputError, UnsupportedError, quote
-from weights.config import LlamaConfig, RopeScaling, rope_frequencies
+from weights.config import LlamaConfig, RopeFactors, RopeScaling, rope_frequencies
 from weights.fields import Fields, in_file, read_json, reading
 from weights.folder import DTYPES, MANIFEST
 from weights.gguf_file import GgufTensor, read_gguf
-from weights.tokenizers import TextTokenizer, from_gguf, from_hugging_face, from_meta
+from weights.hugging_face import SAFETENSORS_DTYPES, open_hugging_face
+from weights.tensors import GGUF, META, Checkpoint, common_dtype, model_name, source_of
+from weights.tokenizers import from_gguf, from_meta
 
-# --- Names ---
-
-HUGGING_FACE, GGUF, META = range(3)  # the columns of NAMES
-NAMES = {  # ours -> the source's; {i} is the layer
-    "tok_embeddings": ("model.embed_tokens.weight", "token_embd.weight", "tok_embeddings.weight"),
-    "norm": ("model.norm.weight", "output_norm.weight", "norm.weight"),
-    "output": ("lm_head.weight", "output.weight", "output.weight"),
-    **{
-        ours: (f"model.layers.{{i}}.{hf}.weight", f"blk.{{i}}.{gg}.weight", f"layers.{{i}}.{ours}.weight")
-        for ours, hf, gg in (
-            ("attention_norm", "input_layernorm", "attn_norm"),
-            ("attention.wq", "self_attn.q_proj", "attn_q"),
-            ("attention.wk", "self_attn.k_proj", "attn_k"),
-            ("attention.wv", "self_attn.v_proj", "attn_v"),
-            ("attention.wo", "self_attn.o_proj", "attn_output"),
-            ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
-            ("feed_forward.w1", "mlp.gate_proj", "ffn_gate"),
-            ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
-            ("feed_forward.w3", "mlp.up_proj", "ffn_up"),
-        )
-    },
+GGUF_INTERLEAVED = {  # architectures of GGUF files that are read: whether q and k have RoPE's pairs side by side
+    "llama": True,
+    "qwen2": False,
+    "qwen3": False,
+    "phi3": False,
+    "smollm3": True,
 }
-DROPPED = (  # on purpose: RoPE frequencies, which the config says too (GGUF's are read into it)
-    ("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
-    ("rope_freqs.weight",),
-    ("rope.freqs", "layers.{i}.attention.inner_attention.rope.freqs"),
-)
-GGUF_CONFIG = {  # GGUF metadata -> Hugging Face config
-    "general.architecture": "model_type",
-    "llama.block_count": "num_hidden_layers",
-    "llama.context_length": "max_position_embeddings",
-    "llama.embedding_length": "hidden_size",
-    "llama.feed_forward_length": "intermediate_size",
-    "llama.attention.head_count": "num_attention_heads",
-    "llama.attention.head_count_kv": "num_key_value_heads",
-    "llama.attention.key_length": "head_dim",
-    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "llama.attention.sliding_window": "sliding_window",
-    "llama.rope.freq_base": "rope_theta",
+GGUF_CONFIG = {  # GGUF metadata, behind the architecture's name -> Hugging Face config
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "rope.freq_base": "rope_theta",
 }
+GGUF_ROPE = {  # the same -> rope_parameters
+    "rope.scaling.type": "rope_type",
+    "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+}
+MOST_PARTS = 10_000  # of a split file
 META_CONFIG = {  # Meta's params.json -> Hugging Face config
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -72,21 +60,6 @@ META_CONFIG = {  # Meta's params.json -> Hugging Face config
     "rope_theta": "rope_theta",
     "sliding_window": "sliding_window",
 }
-SAFETENSORS_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """An opened source. `read(key, shape)` gives one tensor, [out, in], and is told the shape it should have."""
-
-    config: LlamaConfig
-    model: str  # display name
-    source: str  # identifies the input: its name and size
-    dtype: str  # how the matrices are stored; float32 if quantised
-    kind: int  # HUGGING_FACE, GGUF or META
-    keys: frozenset[str]
-    read: Callable[[str, tuple[int, ...]], np.ndarray]
-    tokenizer: TextTokenizer
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -100,7 +73,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if path.is_file() and path.suffix not in FOLDER_FILES:
             return _open_gguf(path)
         if (path / "config.json").is_file():
-            return _open_hugging_face(path)
+            return open_hugging_face(path)
         if (path / "params.json").is_file():
             return _open_meta(path)
         raise InputError(_why_no_checkpoint(path))
@@ -131,87 +104,11 @@ def _why_no_checkpoint(path: Path) -> str:
     )
 
 
-# --- Hugging Face folders ---
-
-
-def _open_hugging_face(folder: Path) -> Checkpoint:
-    raw = read_json(folder / "config.json")
-    if raw.get("quantization_config"):
-        raise UnsupportedError(f"{folder} is quantised (quantization_config in config.json); give the plain weights")
-    with in_file(folder / "config.json"):
-        config = LlamaConfig.from_hf(raw)
-    files = _safetensors_files(folder)
-    shards = _tensors_by_key(files)
-    dtypes = {key: shard.get_slice(key).get_dtype() for key, shard in shards.items()}
-    for key, dtype in dtypes.items():
-        if dtype not in SAFETENSORS_DTYPES:
-            supported = ", ".join(SAFETENSORS_DTYPES)
-            raise UnsupportedError(f"tensor {quote(key)} is stored as {dtype}; supported are {supported}")
-    _check_tied(folder, config, shards)
-    return Checkpoint(
-        config=config,
-        model=_model_name(folder),
-        source=_source(folder, files),
-        dtype=_common_dtype(SAFETENSORS_DTYPES[dtype] for key, dtype in dtypes.items() if key.endswith("proj.weight")),
-        kind=HUGGING_FACE,
-        keys=frozenset(shards),
-        read=lambda key, shape: shards[key].get_tensor(key),
-        tokenizer=from_hugging_face(folder, config.vocab_size),
-    )
-
-
-def _check_tied(folder: Path, config: LlamaConfig, shards: Mapping[str, Any]) -> None:
-    keys = "lm_head.weight", "model.embed_tokens.weight"
-    if config.tie_word_embeddings and all(key in shards for key in keys):
-        head, embeddings = (shards[key].get_tensor(key) for key in keys)
-        if not np.array_equal(head, embeddings):
-            raise InputError(f"{folder / 'config.json'} ties {keys[0]} to {keys[1]}, and they differ")
-
-
-def _safetensors_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise InputError(f"{folder} has neither {single.name} nor {index.name}; only safetensors weights are read")
-    values = read_json(index)
-    with in_file(index):
-        weight_map = Fields(values).within("weight_map")
-        names = {weight_map.text(key) for key in weight_map.values}
-        for name in sorted(names):  # a name with a folder in it would have us read files that nobody has given us
-            plain = all(path(name).name == name for path in (PurePosixPath, PureWindowsPath))
-            if not plain or not name.endswith(".safetensors"):
-                raise InputError(
-                    f"weight_map: expected names of .safetensors files in the same folder, got {quote(name)}"
-                )
-            if not (folder / name).is_file():
-                raise InputError(f"{quote(name)} is missing, and weight_map names it")
-        if not names:
-            raise InputError("weight_map is empty")
-    return [folder / name for name in sorted(names)]
-
-
-def _tensors_by_key(files: Sequence[Path]) -> dict[str, Any]:
-    """Every tensor's key with its opened (memory-mapped) safetensors file."""
-    shards: dict[str, Any] = {}
-    for file in files:
-        with in_file(file):
-            try:
-                shard = safe_open(file, framework="np")
-            except SafetensorError as error:
-                raise InputError(f"truncated or damaged ({error})") from error
-            for key in shard.keys():  # noqa: SIM118 - not a dict
-                if key in shards:
-                    raise InputError(f"duplicate tensor {quote(key)}: an earlier file holds it too")
-                shards[key] = shard
-    return shards
-
-
 # --- GGUF files ---
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    metadata, tensors = read_gguf(path)
+    files, metadata, tensors = _read_parts(path)
     with in_file(path):
         config = _gguf_config(metadata, tensors)
         if "rope_freqs.weight" in tensors:
@@ -221,52 +118,111 @@ def _open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(
         config=config,
         model=path.stem,
-        source=_source(path, [path]),
-        dtype=_common_dtype(SAFETENSORS_DTYPES.get(kind, "quantised") for kind in kinds),
+        source=source_of(path, files),
+        dtype=common_dtype(SAFETENSORS_DTYPES.get(kind, "quantised") for kind in kinds),
         kind=GGUF,
         keys=frozenset(tensors),
         read=lambda key, shape: tensors[key].read(),
         tokenizer=tokenizer,
+        interleaved=GGUF_INTERLEAVED[metadata["general.architecture"]],
     )
+
+
+def _read_parts(path: Path) -> tuple[list[Path], dict[str, Any], dict[str, GgufTensor]]:
+    """The file, or all parts of a split one: their paths, the first one's metadata, everyone's tensors."""
+    metadata, tensors = read_gguf(path)
+    with in_file(path):
+        count = Fields(metadata).integer("split.count", low=0, high=MOST_PARTS, default=1)
+        if count < 2:
+            return [path], metadata, tensors
+        name = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})", path.stem)
+        stem = name[1] if name else path.stem
+        files = [path.with_name(f"{stem}-{i + 1:05d}-of-{count:05d}{path.suffix}") for i in range(count)]
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise InputError(
+                f"split.count={count}, and {quote(absent[0])} is not beside it; "
+                "with all parts there, llama-gguf-split --merge FIRST_FILE OUTPUT joins them"
+            )
+    parts = [(metadata, tensors) if file == path else read_gguf(file) for file in files]
+    joined: dict[str, GgufTensor] = {}
+    for file, (_, part) in zip(files, parts, strict=True):
+        if twice := sorted(joined.keys() & part.keys()):
+            raise InputError(f"{file}: duplicate tensor {quote(twice[0])}: an earlier part holds it too")
+        joined |= part
+    return files, parts[0][0], joined
 
 
 def _gguf_config(metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> LlamaConfig:
     if "token_embd.weight" not in tensors:
         raise InputError("missing tensor token_embd.weight")
-    for key in GGUF_CONFIG:
-        if isinstance(metadata.get(key), list):
-            raise UnsupportedError(f"{key} differs from layer to layer: {quote(metadata[key])}")
-    scaling = Fields(metadata).text("llama.rope.scaling.type", default="none")
-    values = {name: metadata[key] for key, name in GGUF_CONFIG.items() if key in metadata}
+    architecture = Fields(metadata).text("general.architecture", default="unknown")
+    if architecture not in GGUF_INTERLEAVED:
+        supported = ", ".join(GGUF_INTERLEAVED)
+        raise UnsupportedError(f"architecture {quote(architecture)} is not supported; {supported} are")
+    start = f"{architecture}."
+    own = {key.removeprefix(start): _for_all_layers(key, metadata[key]) for key in metadata if key.startswith(start)}
+    windowed = architecture == "llama" and own.get("attention.sliding_window")
+    values = {name: own[key] for key, name in GGUF_CONFIG.items() if key in own}
     values |= {
-        "model_type": values.get("model_type", "unknown"),
+        "model_type": "mistral" if windowed else architecture,  # which llama.cpp counts among the LLaMAs
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "rope_parameters": {"rope_type": "default" if scaling == "none" else scaling},
+        "rope_parameters": _gguf_rope(own, tensors),
     }
-    config = LlamaConfig.from_hf(values, {name: key for key, name in GGUF_CONFIG.items()})
-    only = {"llama.rope.dimension_count": config.head_dim, "llama.attention.value_length": config.head_dim}
-    only |= {"llama.rope.scale_linear": 1.0, "llama.expert_count": 0, "split.count": 1}
+    names = {name: f"{start}{key}" for key, name in (GGUF_CONFIG | GGUF_ROPE).items()}
+    biases = {"qkv_bias": "blk.0.attn_q.bias", "output_bias": "blk.0.attn_output.bias"}
+    config = LlamaConfig.from_hf(values, names)
+    config = dataclasses.replace(config, **{field: key in tensors for field, key in biases.items()})
+    only = {"rope.dimension_count": config.head_dim, "attention.value_length": config.head_dim, "expert_count": 0}
     for key, legal in only.items():
-        if (metadata.get(key) or legal) != legal:
-            hint = "; join the files first: llama-gguf-split --merge FIRST_FILE OUTPUT" if key == "split.count" else ""
-            raise UnsupportedError(f"{key}={quote(metadata[key])} is not supported; only {legal} is{hint}")
+        if (own.get(key) or legal) != legal:
+            raise UnsupportedError(f"{start}{key}={quote(own[key])} is not supported; only {legal} is")
     return config
 
 
+def _for_all_layers(key: str, value: Any) -> Any:
+    """One number for a list of a number for each layer, if they are equal."""
+    if key.endswith(("head_count", "head_count_kv", "feed_forward_length")) and isinstance(value, list):
+        if len(set(value)) != 1:
+            raise UnsupportedError(f"{key} differs from layer to layer: {quote(value)}")
+        return value[0]
+    return value
+
+
+def _gguf_rope(own: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
+    """rope_parameters of a GGUF file; without a type, llama.cpp takes a factor as a linear one."""
+    rope = {name: own[key] for key, name in GGUF_ROPE.items() if key in own}
+    rope.setdefault("factor", own.get("rope.scale_linear"))
+    rope.setdefault("rope_type", "linear" if rope["factor"] not in (None, 0, 1) else "none")
+    scale = own.get("rope.scaling.attn_factor")
+    long, short = (tensors.get(f"rope_factors_{name}.weight") for name in ("long", "short"))
+    if long and short:
+        factors = {"short_factor": short.read().tolist(), "long_factor": long.read().tolist()}
+        return rope | factors | {"rope_type": "longrope", "attention_factor": 1.0 if scale is None else scale}
+    if scale not in (None, 1):
+        raise UnsupportedError(f"rope.scaling.attn_factor={quote(scale)} is not supported without rope_factors tensors")
+    return rope | {"rope_type": "default"} if rope["rope_type"] == "none" else rope
+
+
 def with_rope_factors(config: LlamaConfig, factors: np.ndarray) -> LlamaConfig:
-    """Adds the llama3 scaling that divides each RoPE frequency by its factor, [head_dim / 2], as llama.cpp stores it.
+    """Adds the scaling that divides each RoPE frequency by its factor, [head_dim / 2], as llama.cpp stores it.
+
+    It is llama3's where the factors are those of the released models (low 1, high 4, original length 8192).
 
     Raises:
-      UnsupportedError: the factors are not those of the released models (low 1, high 4, original length 8192).
+      InputError: factors of another number, or that are not above 0.
+      UnsupportedError: another scaling beside it.
     """
-    if factors.shape == (config.head_dim // 2,) and (factors > 0).all() and np.isfinite(factors).all():
-        if (factors == 1).all():
-            return config
-        scaled = dataclasses.replace(config, rope_scaling=RopeScaling(float(factors.max()), 1.0, 4.0, 8192))
-        if np.allclose(factors, rope_frequencies(config) / rope_frequencies(scaled), rtol=1e-4):
-            return scaled
-    raise UnsupportedError("rope_freqs.weight: expected llama3 scaling with low 1, high 4, original length 8192")
+    if factors.shape != (config.head_dim // 2,) or not (factors > 0).all() or not np.isfinite(factors).all():
+        raise InputError(f"rope_freqs.weight: expected {config.head_dim // 2} numbers above 0, got {quote(factors)}")
+    if (factors == 1).all():
+        return config
+    if config.rope_scaling is not None:
+        raise UnsupportedError("rope_freqs.weight beside another scaling of RoPE is not supported")
+    scaled = dataclasses.replace(config, rope_scaling=RopeScaling(float(factors.max()), 1.0, 4.0, 8192))
+    if np.allclose(factors, rope_frequencies(config) / rope_frequencies(scaled), rtol=1e-4):
+        return scaled
+    return dataclasses.replace(config, rope_scaling=RopeFactors(tuple(factors.tolist())))
 
 
 # --- Meta folders ---
@@ -287,13 +243,14 @@ def _open_meta(folder: Path) -> Checkpoint:
         config = _meta_config(params, shards)
     return Checkpoint(
         config=config,
-        model=_model_name(folder),
-        source=_source(folder, files),
-        dtype=_common_dtype(str(array.dtype) for array in shards[0].values() if array.ndim == 2),
+        model=model_name(folder),
+        source=source_of(folder, files),
+        dtype=common_dtype(str(array.dtype) for array in shards[0].values() if array.ndim == 2),
         kind=META,
         keys=frozenset(shards[0]),
         read=lambda key, shape: join_shards([shard[key] for shard in shards], shape),
         tokenizer=from_meta(folder, config.vocab_size),
+        interleaved=True,
     )
 
 
@@ -379,6 +336,7 @@ def _meta_config(params: Mapping[str, Any], shards: Sequence[Mapping[str, np.nda
     split_by_rows = shards[0][embeddings].shape[1] == fields.integer("dim")  # LLaMA 3; 1 and 2 split columns
     values = {name: params[key] for key, name in META_CONFIG.items() if params.get(key) is not None}
     values |= {
+        "model_type": "mistral" if values.get("sliding_window") else "llama",
         "vocab_size": rows * len(shards) if split_by_rows else rows,
         "intermediate_size": shards[0][w1].shape[0] * len(shards),
         "max_position_embeddings": 131072 if scaled else 8192 if "rope_theta" in params else 4096,
@@ -399,93 +357,3 @@ def join_shards(parts: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarr
         return parts[0]
     by_columns = len(shape) == 2 and parts[0].shape == (shape[0], shape[1] // len(parts))
     return np.concatenate(parts, axis=1 if by_columns else 0)
-
-
-# --- Tensors ---
-
-
-def check_names(checkpoint: Checkpoint) -> None:
-    """Compares the checkpoint's keys with what its config asks for.
-
-    Raises:
-      InputError: a tensor that is unknown or missing.
-      UnsupportedError: a bias.
-    """
-    layers = range(checkpoint.config.num_hidden_layers)
-    used = {names[checkpoint.kind] for names in NAMES.values()}
-    unused = set(DROPPED[checkpoint.kind])
-    if checkpoint.config.tie_word_embeddings:
-        unused.add(NAMES["output"][checkpoint.kind])
-    wanted, unwanted = ({t.format(i=i) for t in templates for i in layers} for templates in (used - unused, unused))
-    for key in sorted(checkpoint.keys - wanted - unwanted):
-        if key.endswith(".bias"):
-            raise UnsupportedError(f"tensor {quote(key)}: biases are not supported by this LLaMA")
-        where = f"{checkpoint.source}: a LLaMA of {len(layers)} layers has none such"
-        raise InputError(f"unknown tensor {quote(key)} in {where}")
-    if missing := sorted(wanted - checkpoint.keys):
-        raise InputError(f"missing tensor {missing[0]} in {checkpoint.source} ({len(missing)} missing in all)")
-
-
-def read_arrays(
-    checkpoint: Checkpoint, shapes: Mapping[str, Any], layer: int | None, dtype: np.dtype, prefix: str = ""
-) -> dict[str, Any]:
-    """Reads one chunk's tensors into a nested dict like that of its shapes; `layer` is None for the embeddings' chunk.
-
-    Raises:
-      InputError: a tensor of another shape, one with NaN or infinity in it, or one too large for `dtype`.
-    """
-    return {
-        name: read_arrays(checkpoint, shape, layer, dtype, f"{prefix}{name}.")
-        if isinstance(shape, dict)
-        else _read_array(checkpoint, f"{prefix}{name}", layer, shape, dtype)
-        for name, shape in shapes.items()
-    }
-
-
-def _read_array(
-    checkpoint: Checkpoint, ours: str, layer: int | None, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    key = NAMES[ours][checkpoint.kind].format(i=layer)
-    transposed = len(shape) == 2 and ours != "tok_embeddings"  # sources store matrices [out, in]
-    stored = shape[::-1] if transposed else shape
-    array = checkpoint.read(key, stored)
-    if array.shape != stored:
-        raise InputError(f"tensor {key} has shape {array.shape}, expected {stored}")
-    if not np.isfinite(array).all():
-        raise InputError(f"tensor {key} has NaN or infinity in it")
-    heads = {"attention.wq": "num_attention_heads", "attention.wk": "num_key_value_heads"}.get(ours)
-    if heads and checkpoint.kind != HUGGING_FACE:
-        array = half_split_rows(array, getattr(checkpoint.config, heads))
-    with np.errstate(over="ignore"):
-        result = np.array(array.T if transposed else array, dtype, order="C")  # a copy: sources may be read-only maps
-    if not np.isfinite(result).all():
-        raise InputError(f"tensor {key} goes up to {np.abs(array).max():.3g}, too large for {dtype}")
-    return result
-
-
-def half_split_rows(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders each head's rows from GGUF's and Meta's RoPE pairs (2i, 2i + 1) to Hugging Face's (i, i + H/2)."""
-    pairs = rows.reshape(heads, -1, 2, rows.shape[-1])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-# --- Small helpers ---
-
-
-def _model_name(folder: Path) -> str:
-    """A folder's name; in the Hugging Face cache, models--ORG--NAME/snapshots/COMMIT, the model's."""
-    folder = folder.resolve()
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        return folder.parent.parent.name.split("--")[-1]
-    return folder.name
-
-
-def _source(path: Path, files: Sequence[Path]) -> str:
-    name = path.name if path.is_file() else _model_name(path)
-    return f"{name} ({sum(file.stat().st_size for file in files)} bytes)"
-
-
-def _common_dtype(names: Iterable[str]) -> str:
-    """The one dtype that all matrices have; float32 if they differ or are quantised."""
-    names = set(names)
-    return names.pop() if len(names) == 1 and names <= set(DTYPES) else "float32"
