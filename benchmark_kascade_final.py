@@ -146,6 +146,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     tasks = make_tasks(tokenizer, settings)
 
     model_dense = LlamaModel(manifest.config, None, settings.selection, dtype=dtype, kernel=settings.kernel)
+    check_decoding(model_dense, settings, devices[0])
     limit_check = None
     if settings.load_schedule:
         plans = saved.plans
@@ -275,11 +276,7 @@ def decode(
 ) -> tuple[Decoding | None, list[DepthRow], Generated | None]:
     """The part of the run that decodes token by token."""
     decoding, depths, generated = None, [], None
-    device = arms.mesh.devices.flat[0]
     if settings.decode:
-        tokens = settings.seq_len + settings.decode
-        check_cache_fits(arms.dense, settings.batch, tokens, arms.cache_dtype, device)
-        warn_beyond_context(tokens, arms.dense.config)
         decoding = decode_windows(arms, windows, settings)
         show("\n" + console.decoding(decoding, settings.dtype))
     if settings.depths:
@@ -287,7 +284,7 @@ def decode(
         depths = measure_depths(arms, settings, lambda row: show(console.depth_row(row)))
         show(console.sweep_break_even(depths) + "\n")
     if settings.generate:
-        generated = generate(arms, windows.test[0], settings.generate)
+        generated = generate(arms, windows.test[0], settings.generate, settings.prefill)
         texts = (tokenizer.decode(ids) for ids in (generated.dense, generated.sparse))
         show(console.continuations(generated, *texts))
     return decoding, depths, generated
@@ -374,6 +371,8 @@ def describe_windows(windows: Windows, settings: Settings, say: Say) -> None:
         say(f"📖 Calibration: {count_windows(windows.calibration)} of {(settings.calib_text or settings.text).name}")
     fewer = "" if len(windows.test) == settings.test_windows[1] else "; it holds no more"
     say(f"   Test:        {count_windows(windows.test)} of {settings.text.name} (UNSEEN){fewer}")
+    if settings.decode is None and not windows.following:
+        say("   No decoding: the text ends before the tokens that would follow a test window")
     say(f"   Each window begins with {windows.prefix}\n" if windows.prefix else "")
 
 
@@ -386,6 +385,15 @@ def warn_of_other_length(made_for: int, seq_len: int) -> None:
     """A loaded schedule was calibrated on windows of some length."""
     if made_for != seq_len:
         warn(f"the schedule was made from {made_for} tokens, and this run has {seq_len}")
+
+
+def check_decoding(model: LlamaModel, settings: Settings, device: jax.Device) -> None:
+    """Before anything that takes long: refuses caches that would not fit, and warns of a depth beyond the context."""
+    for steps, batch in ((settings.decode, settings.batch), (settings.generate, 1)):
+        if steps:
+            check_cache_fits(model, batch, settings.seq_len + steps, device)
+    if settings.seq_len <= model.config.max_position_embeddings:  # otherwise it has been said
+        warn_beyond_context(settings.seq_len + max(settings.decode, settings.generate), model.config)
 
 
 def warn_beyond_context(tokens: int, config: LlamaConfig) -> None:

@@ -260,9 +260,9 @@ class Block(nn.Module):
             chosen_BK1C, scores_ZGS = decode.choose_step(q_BNH, k_ZSH, positions_B, self._selection())
             out_BNH = decode.anchor_step(scores_ZGS, v_ZSH, self.plan.attended(chosen_BK1C), self.selection)
         elif self.plan.mode == REUSE:
-            out_BNH = decode.reuse_step(q_BNH, k_ZSH, v_ZSH, positions_B, tiles_BK1C, self.selection)
+            out_BNH = decode.reuse_step(q_BNH, k_ZSH, v_ZSH, positions_B, tiles_BK1C, self.selection, self.kernel)
         else:
-            out_BNH = decode.dense_step(q_BNH, k_ZSH, v_ZSH, positions_B, self.selection.window)
+            out_BNH = decode.dense_step(q_BNH, k_ZSH, v_ZSH, positions_B, self.selection.window, self.kernel)
         return x_B1D + self.attention.output(out_BNH[:, None]), chosen_BK1C, (k_ZSH, v_ZSH)
 
     def feed(self, x_BTD: jax.Array) -> jax.Array:

@@ -4,17 +4,26 @@ A step takes q_BNH of the new tokens, the caches k_ZSH and v_ZSH, which hold the
 each new token: keys at 0 to positions_B are attended to, whatever lies behind them. A query tile is one row here, so no
 row helps to choose for another; otherwise tiles are chosen as in prefill. Scores, softmax and sums are float32, and so
 is the output. Letters as in kascade_core.
+
+`kernel` is a name of `attention.KERNELS`. With "pallas_tpu" dense and reuse steps are JAX's paged attention on a TPU
+(`check` says which sizes it takes); in every other case, and for anchors, they are XLA's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from attention import tpu
 from attention.xla import UNSEEN, matmul
+from errors import UnsupportedError
 from kascade_core import EXACT, NO_TILE, Selection, select_tiles, visible
+
+PAGED = "pallas_tpu"
 
 
 def step_selection(selection: Selection) -> Selection:
@@ -22,10 +31,37 @@ def step_selection(selection: Selection) -> Selection:
     return dataclasses.replace(selection, query_tile=1, anchor_scoring=EXACT)
 
 
+def check(kernel: str | None, selection: Selection, cache_shape: tuple[int, int, int], dtype: Any) -> None:
+    """Checks that a kernel takes the steps on k_ZSH and v_ZSH of this shape and dtype.
+
+    Raises:
+      UnsupportedError: it does not; the message names sizes that it takes.
+    """
+    if kernel == PAGED and selection.window is not None:
+        raise UnsupportedError("the TPU's paged attention has no sliding window")
+    if kernel == PAGED:
+        tpu.check_step(selection, cache_shape, dtype)
+
+
 def dense_step(
-    q_BNH: jax.Array, k_ZSH: jax.Array, v_ZSH: jax.Array, positions_B: jax.Array, window: int | None = None
+    q_BNH: jax.Array,
+    k_ZSH: jax.Array,
+    v_ZSH: jax.Array,
+    positions_B: jax.Array,
+    window: int | None = None,
+    kernel: str | None = None,
 ) -> jax.Array:
     """Attention to every key up to the new token's own, within the window. Returns out_BNH, float32."""
+    args = (q_BNH, k_ZSH, v_ZSH, positions_B)
+    xla = partial(_dense_step, window=window)
+    if kernel == PAGED:
+        return jax.lax.platform_dependent(*args, tpu=tpu.dense_step, default=xla)
+    return xla(*args)
+
+
+def _dense_step(
+    q_BNH: jax.Array, k_ZSH: jax.Array, v_ZSH: jax.Array, positions_B: jax.Array, window: int | None
+) -> jax.Array:
     return _attend(_causal_scores(q_BNH, k_ZSH, positions_B, window), v_ZSH).reshape(q_BNH.shape)
 
 
@@ -67,8 +103,24 @@ def reuse_step(
     positions_B: jax.Array,
     tiles_BK1C: jax.Array,
     selection: Selection,
+    kernel: str | None = None,
 ) -> jax.Array:
     """Attention to the given tiles alone: no other key or value is read. Returns out_BNH, float32."""
+    args = (q_BNH, k_ZSH, v_ZSH, positions_B, tiles_BK1C)
+    if kernel == PAGED:
+        paged, plain = (partial(step, selection=selection) for step in (tpu.reuse_step, _reuse_step))
+        return jax.lax.platform_dependent(*args, tpu=paged, default=plain)
+    return _reuse_step(*args, selection)
+
+
+def _reuse_step(
+    q_BNH: jax.Array,
+    k_ZSH: jax.Array,
+    v_ZSH: jax.Array,
+    positions_B: jax.Array,
+    tiles_BK1C: jax.Array,
+    selection: Selection,
+) -> jax.Array:
     B, Z, M = q_BNH.shape[0], k_ZSH.shape[0], selection.tile_size
     places_ZC, used_ZC = _places(tiles_BK1C)
     scores_ZGW = _scores(q_BNH, _gather(k_ZSH, places_ZC, M))

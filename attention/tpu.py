@@ -3,7 +3,8 @@
 Reuse has one grid step for each chosen tile; the tiles' indices are prefetched into scalar memory and say which tile is
 copied next. Scoring keeps one query tile's sums over all key tiles in vector memory, so that no [T, T] array is made.
 Dense is JAX's splash attention. Split over several chips, whose blocks are not contiguous, it is a reuse of all tiles.
-Away from a TPU the same kernels are interpreted: correct, and slow.
+Away from a TPU the same kernels are interpreted: correct, and slow. A decoding step is JAX's paged attention, with the
+cache's tiles as pages.
 
 All functions take padded inputs and a layout; see `attention`, whose functions they implement. R here is the rows of a
 query tile, those of all its KV head's query heads.
@@ -11,6 +12,7 @@ query tile, those of all its KV head's query heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
@@ -31,7 +34,11 @@ LANES = LEAST_TILE = 128  # a key tile is a whole number of a vector register's 
 TILES_AT_ONCE = 8  # key tiles in one step of scoring
 SPLASH_BLOCKS = (1024, 512, 256, 128)  # the largest that divides the sequence
 MASKED = -1e30  # a masked score: finite, since all of a row's first block of keys may be masked
-SMEM_BYTES = 2**20  # of a core's scalar memory, which holds one KV head's tiles
+SMEM_BYTES = 2**20  # of a core's scalar memory, which holds one KV head's tiles, or all page lists of a step
+USABLE_SMEM = SMEM_BYTES * 7 // 8  # the compiler keeps some for itself
+LEAST_PAGE = 16  # tokens: the rows of bfloat16 that memory is tiled by, so that pages are a view of the cache
+LARGEST_PAGE = 512  # of dense steps, which choose their own
+KEYS_AT_ONCE = 1024  # of the pages that one step of paged attention reads
 
 
 def check(
@@ -52,9 +59,8 @@ def check(
             f"the TPU kernels take a query_tile that is a multiple of 8 and at most tile_size, {M}, got {Y}"
         )
     slots, query_tiles = slots or selection.slots(tile_count(length, M)), tile_count(length, Y)
-    needed, usable = 4 * query_tiles * (slots + 2), SMEM_BYTES * 7 // 8  # the compiler keeps some for itself
-    if needed > usable:
-        fits = usable // (4 * query_tiles) - 2
+    if 4 * query_tiles * (slots + 2) > USABLE_SMEM:
+        fits = USABLE_SMEM // (4 * query_tiles) - 2
         raise UnsupportedError(
             f"the TPU's scalar memory of {SMEM_BYTES} bytes does not hold {slots} tiles for each of {query_tiles} "
             f"query tiles; top_k up to {fits} would fit, or a query_tile of {min(2 * Y, M)} or more"
@@ -287,6 +293,92 @@ def _by_query_tile(q_BTNH: jax.Array, num_kv_heads: int, query_tile: int, rows: 
         q_BQYKGH = q_BQYKGH[:, :, rows]
     q_BKQGYH = q_BQYKGH.transpose(0, 3, 1, 4, 2, 5)
     return q_BKQGYH.reshape(B * num_kv_heads, T // query_tile, -1, H)
+
+
+# --- Decoding ---
+
+
+def check_step(selection: Selection, cache_shape: tuple[int, int, int], dtype: Any) -> None:
+    """As `attention.decode.check`: a tile is a page, and a step's lists of pages fit into scalar memory."""
+    (Z, S, H), M = cache_shape, selection.tile_size
+    if H % LANES:
+        raise UnsupportedError(f"the TPU's paged attention takes heads of a multiple of {LANES} numbers, got {H}")
+    if M % LEAST_PAGE:
+        raise UnsupportedError(
+            f"the TPU's paged attention takes a tile_size of a multiple of {LEAST_PAGE} as its page, got {M}"
+        )
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        raise UnsupportedError(f"the TPU's paged attention computes with keys in bfloat16, got {jnp.dtype(dtype)}")
+    page = _dense_page(S)
+    lists = ((S // page, page), (selection.slots(S // M), M))
+    needed = max(4 * Z * _whole_blocks(slots, size) for slots, size in lists)
+    if needed > USABLE_SMEM:
+        raise UnsupportedError(
+            f"the TPU's scalar memory of {SMEM_BYTES} bytes does not hold the page lists of {Z} KV heads of all "
+            f"sequences, {needed} bytes; a smaller batch or fewer tiles would fit"
+        )
+
+
+def dense_step(q_BNH: jax.Array, k_ZSH: jax.Array, v_ZSH: jax.Array, positions_B: jax.Array) -> jax.Array:
+    """As `attention.decode.dense_step`."""
+    Z, S, _ = k_ZSH.shape
+    page = _dense_page(S)
+    pages_ZC = jnp.broadcast_to(jnp.arange(S // page)[None], (Z, S // page))
+    lengths_Z = jnp.repeat(positions_B + 1, Z // q_BNH.shape[0])
+    return _attend_to_pages(q_BNH, k_ZSH, v_ZSH, pages_ZC, lengths_Z, page)
+
+
+def reuse_step(
+    q_BNH: jax.Array,
+    k_ZSH: jax.Array,
+    v_ZSH: jax.Array,
+    positions_B: jax.Array,
+    tiles_BK1C: jax.Array,
+    selection: Selection,
+) -> jax.Array:
+    """As `attention.decode.reuse_step`: only the last page may be partly filled, so the new token's comes last."""
+    Z, M = k_ZSH.shape[0], selection.tile_size
+    pages_ZC = jnp.sort(tiles_BK1C.reshape(Z, -1), axis=-1)  # own tiles last, then unused slots
+    used_ZC = pages_ZC != NO_TILE
+    in_last_Z = jnp.repeat(positions_B % M + 1, Z // q_BNH.shape[0])
+    lengths_Z = (used_ZC.sum(-1, dtype=jnp.int32) - 1) * M + in_last_Z
+    return _attend_to_pages(q_BNH, k_ZSH, v_ZSH, jnp.where(used_ZC, pages_ZC, 0), lengths_Z, M)
+
+
+def _attend_to_pages(
+    q_BNH: jax.Array, k_ZSH: jax.Array, v_ZSH: jax.Array, pages_ZC: jax.Array, lengths_Z: jax.Array, page: int
+) -> jax.Array:
+    """Attention to `lengths_Z` keys of the listed pages; each KV head of each sequence is the kernel's sequence."""
+    (Z, S, H), C = k_ZSH.shape, pages_ZC.shape[1]
+    pages_ZC = pages_ZC + (jnp.arange(Z) * (S // page))[:, None]
+    pages_ZC = jnp.pad(pages_ZC, [(0, 0), (0, _whole_blocks(C, page) - C)])
+    q_ZGH = q_BNH.astype(jnp.float32).reshape(Z, -1, H) * H**-0.5
+    with jax.numpy_dtype_promotion("standard"):  # the kernel multiplies float32 by bfloat16
+        out_ZGH = paged_attention(
+            q_ZGH,
+            *(x_ZSH.reshape(1, -1, page, H) for x_ZSH in (k_ZSH, v_ZSH)),
+            lengths_Z,
+            pages_ZC,
+            pages_per_compute_block=_pages_at_once(page),
+        )
+    return out_ZGH.reshape(q_BNH.shape)
+
+
+def _dense_page(size: int) -> int:
+    """The largest page of a dense step that divides the cache."""
+    return math.gcd(size, LARGEST_PAGE)
+
+
+def _pages_at_once(page: int) -> int:
+    return max(KEYS_AT_ONCE // page, 1)
+
+
+def _whole_blocks(pages: int, page: int) -> int:
+    """The length of a list of so many pages, which the kernel goes through in whole blocks."""
+    return tile_count(pages, _pages_at_once(page)) * _pages_at_once(page)
+
+
+# --- Elsewhere ---
 
 
 def _on_tpu_or_interpreted(make: Callable[[bool], Callable[..., Any]]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 The TPU's compiler (the package libtpu) runs on any Linux machine. Each row is one program for one chip of a topology:
 a layer's dense, anchor or reuse attention, or a whole block, of a LLaMA's shape, in bfloat16, with tiles of 128 and
-Top-K 10 % of the tiles. FLOPs are those of the matrix products in the traced program, times the steps of loops and
+Top-K 10 % of the tiles; then one layer's step of decoding, with the cache that it reads. FLOPs are those of the matrix products in the traced program, times the steps of loops and
 grids that they are in.
 
   python -m bench.compile_tpu --markdown table.md        # needs: pip install -r bench/requirements-tpu.txt
@@ -30,7 +30,9 @@ from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 import attention
+from attention import decode
 from attention.sharding import WHOLE, Layout, compile_ahead, make_mesh
+from errors import UnsupportedError
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection, tile_count
 from llama_model import Block, LlamaModel, rope_table
 from weights.config import LlamaConfig
@@ -47,6 +49,8 @@ LENGTHS = (2048, 8192, 32768, 131072)
 ATTENTION = ("dense", "anchor", "reuse")
 KINDS = (*ATTENTION, "block")
 TILE = 128
+STEPS = ("dense", "anchor", "reuse")  # of decoding
+DEPTHS, BATCHES = (8192, 32768, 131072), (1, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +135,54 @@ def compile_row(topology: str, shape: str, length: int, kind: str, share: float 
     )
 
 
+def step_program(
+    kind: str, config: LlamaConfig, depth: int, batch: int, selection: Selection, kernel: str
+) -> tuple[Callable[..., Any], list[Any]]:
+    """A step of decoding, and the shapes of its arguments: the new tokens' queries, the cache, and where it ends."""
+    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    q_BNH = jax.ShapeDtypeStruct((batch, N, H), jnp.bfloat16)
+    keys = [jax.ShapeDtypeStruct((batch * K, depth, H), jnp.bfloat16)] * 2
+    positions_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    tiles_BK1C = jax.ShapeDtypeStruct((batch, K, 1, selection.slots(tile_count(depth, TILE))), jnp.int32)
+
+    def anchor(q_BNH: jax.Array, k_ZSH: jax.Array, v_ZSH: jax.Array, positions_B: jax.Array) -> tuple[Any, Any]:
+        tiles_BK1C, scores_ZGS = decode.choose_step(q_BNH, k_ZSH, positions_B, selection)
+        return decode.anchor_step(scores_ZGS, v_ZSH, tiles_BK1C, selection), tiles_BK1C
+
+    args = [q_BNH, *keys, positions_B]
+    if kind == "dense":
+        return partial(decode.dense_step, kernel=kernel), args
+    if kind == "anchor":
+        return anchor, args
+    return partial(decode.reuse_step, selection=selection, kernel=kernel), [*args, tiles_BK1C]
+
+
+def step_kernel(config: LlamaConfig, depth: int, batch: int, selection: Selection) -> str:
+    """What a run would take: JAX's paged attention where it takes the sizes, otherwise XLA's gather."""
+    try:
+        decode.check(
+            "pallas_tpu", selection, (batch * config.num_key_value_heads, depth, config.head_dim), jnp.bfloat16
+        )
+    except UnsupportedError:
+        return "xla"
+    return "pallas_tpu"
+
+
+def compile_step(topology: str, shape: str, depth: int, batch: int, kind: str) -> CompiledProgram:
+    """Compiles one layer's step of decoding for one chip."""
+    mesh, config, selection = mesh_of(topology), SHAPES[shape], select(depth)
+    kernel = step_kernel(config, depth, batch, selection)
+    function, args = step_program(kind, config, depth, batch, selection, kernel)
+    compiled = compile_ahead(function, on_every_chip(args, mesh), mesh)
+    name = f"{kind} step, batch {batch}, {'xla' if kind == 'anchor' else kernel}"
+    return CompiledProgram(topology, shape, depth, name, hbm_bytes(compiled), 0.0, largest_array(compiled.as_text()))
+
+
+def cache_bytes(config: LlamaConfig, depth: int, batch: int) -> int:
+    """Of one layer's keys and values, bfloat16."""
+    return 2 * 2 * batch * config.num_key_value_heads * config.head_dim * depth
+
+
 def compile_model(topology: str, shape: str, length: int, chips: int = 1) -> CompiledProgram:
     """Compiles a whole model's forward with its loss: one dense layer, an anchor in every fourth, the rest reuse."""
     config, mesh = SHAPES[shape], mesh_of(topology, chips)
@@ -187,7 +239,8 @@ def format_row(rows: Sequence[CompiledProgram]) -> str:
     if row.kind in ATTENTION:
         share = f" ({row.tflops * 1e12 / causal_flops(SHAPES[row.shape], row.length):.2f})"
     sizes = " | ".join(f"{row.hbm_bytes / 1e9:.2f}" for row in rows)
-    return f"| {row.shape} | {row.length} | {row.kind} | {sizes} | {row.tflops:.3f}{share} |"
+    flops = f"{row.tflops:.3f}{share}" if row.tflops else ""
+    return f"| {row.shape} | {row.length} | {row.kind} | {sizes} | {flops} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -201,6 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(lines))
     for shape, length, kind in tqdm([*itertools.product(SHAPES, LENGTHS, KINDS)], disable=None):
         lines.append(format_row([compile_row(name, shape, length, kind) for name in TOPOLOGIES]))
+        print(lines[-1], flush=True)
+    for shape, depth, batch, kind in tqdm([*itertools.product(SHAPES, DEPTHS, BATCHES, STEPS)], disable=None):
+        lines.append(format_row([compile_step(name, shape, depth, batch, kind) for name in TOPOLOGIES]))
         print(lines[-1], flush=True)
     for chips in (1, 4):
         model = compile_model("v5e", "llama3.2-1b", 8192, chips)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from attention import decode
 from attention.sharding import on_first_device
-from errors import InputError
+from errors import InputError, UnsupportedError
 from kascade_core import DENSE, LayerPlan, density_of_step, tile_count
 from llama_model import Comparison, Decoded, Decoder, Forward, KVCache, LlamaModel
 from measure.machine import free_memory, memory_bandwidth
@@ -41,7 +42,12 @@ class Arms:
     @property
     def cache_dtype(self) -> Any:
         """Of keys and values in the cache."""
-        return jnp.dtype(CACHE_DTYPE.get(self.mesh.devices.flat[0].platform, self.dense.dtype))
+        return cache_dtype(self.dense, self.mesh.devices.flat[0])
+
+
+def cache_dtype(model: LlamaModel, device: jax.Device) -> Any:
+    """Of keys and values in a cache on this device."""
+    return jnp.dtype(CACHE_DTYPE.get(device.platform, model.dtype))
 
 
 def cache_size(model: LlamaModel, tokens: int) -> int:
@@ -49,14 +55,15 @@ def cache_size(model: LlamaModel, tokens: int) -> int:
     return tile_count(tokens, model.selection.tile_size) * model.selection.tile_size
 
 
-def check_cache_fits(model: LlamaModel, batch: int, tokens: int, dtype: Any, device: jax.Device) -> None:
+def check_cache_fits(model: LlamaModel, batch: int, tokens: int, device: jax.Device) -> None:
     """Raises InputError, with its size and the free memory, for caches of both arms that would not fit."""
-    needed = 2 * KVCache.bytes_needed(model.config, batch, cache_size(model, tokens), dtype)
+    size = cache_size(model, tokens)
+    needed = 2 * KVCache.bytes_needed(model.config, batch, size, cache_dtype(model, device))  # one for each arm
     free = free_memory(device)
     if free is not None and needed > SPARE_MEMORY * free:
         raise InputError(
-            f"decoding {batch} sequence(s) at a depth of {tokens} tokens needs caches of {needed / 1e9:.1f} GB, and "
-            f"{free / 1e9:.1f} GB are free: give a smaller --batch, --seq_len or --depths"
+            f"decoding {batch} sequence(s) of {tokens} tokens needs caches of {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free: give a smaller --batch or --seq_len, or --decode 0 and no --generate"
         )
 
 
@@ -77,15 +84,16 @@ def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding
     size = cache_size(arms.dense, windows.test[0].size + steps)
     params = on_first_device(arms.params, arms.mesh)
     decoders = _compile({"dense": arms.dense, "sparse": arms.sparse}, params, settings.batch, size, steps, arms)
+    comparison = compile_comparison(arms.dense, None)
     compared: dict[str, list[Comparison]] = {"sparse": [], "dense": []}
     samples: dict[str, list[float]] = {"dense": [], "sparse": []}
     for i, (ids, following) in enumerate(groups):
         passes = _Passes(arms, decoders, params, ids, following, size)
         if i == 0:
             passes.warm_up()
-        others = passes.compare(settings.prefill, samples)
+        found = passes.compare(settings.prefill, samples, comparison)
         for prefill in compared:
-            compared[prefill] += others[prefill]
+            compared[prefill] += found[prefill]
     while len(samples["dense"]) < settings.n_runs:
         for arm in samples:
             passes.run(arm, "dense" if arm == "dense" else settings.prefill, samples[arm])
@@ -95,6 +103,7 @@ def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding
         steps=steps,
         batch=settings.batch,
         prefill=settings.prefill,
+        kernel=step_kernel(arms.sparse, settings.batch, size, arms.cache_dtype),
         compared=compared[settings.prefill],
         compared_other_prefill=compared["dense" if settings.prefill == "sparse" else "sparse"],
         layer_densities=passes.layer_densities,
@@ -108,11 +117,7 @@ def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding
 
 def _groups(windows: Windows, batch: int) -> list[tuple[list[jax.Array], jax.Array]]:
     """`batch` windows at a time with the ids [B, N + 1] that follow them; a last, smaller group is left out."""
-    pairs = [(ids, after) for ids, after in zip(windows.test, windows.following, strict=False) if after is not None]
-    if len(pairs) < batch:
-        raise InputError(
-            f"batch {batch} needs as many test windows with tokens that follow them, and the text holds {len(pairs)}"
-        )
+    pairs = [*zip(windows.test, windows.following)]  # the last windows may have too few tokens after them
     starts = range(0, len(pairs) - batch + 1, batch)
     return [
         ([ids for ids, _ in pairs[i : i + batch]], jnp.concatenate([after for _, after in pairs[i : i + batch]]))
@@ -124,13 +129,34 @@ def _compile(
     models: Mapping[str, LlamaModel], params: Any, batch: int, size: int, steps: int, arms: Arms
 ) -> dict[str, Decoder]:
     """The models' steps, compiled side by side: the compiler leaves Python's lock."""
-    config = arms.dense.config
-    cache = jax.eval_shape(lambda: KVCache.empty(config, batch, size, arms.cache_dtype))
+    config, dtype = arms.dense.config, arms.cache_dtype
+    cache = jax.eval_shape(lambda: KVCache.empty(config, batch, size, dtype))
+
+    def compile_steps(model: LlamaModel) -> Decoder:
+        kernel, _ = step_kernel(model, batch, size, dtype)
+        return model.clone(kernel=kernel).compile_decode(params, cache, steps, arms.mesh)
+
     with ThreadPoolExecutor(len(models)) as pool:
-        jobs = {
-            name: pool.submit(model.compile_decode, params, cache, steps, arms.mesh) for name, model in models.items()
-        }
-        return {name: job.result() for name, job in jobs.items()}
+        return dict(zip(models, pool.map(compile_steps, models.values()), strict=True))
+
+
+def step_kernel(model: LlamaModel, batch: int, size: int, dtype: Any) -> tuple[str, str]:
+    """The implementation of a model's steps, and why: its own kernel where that takes the sizes, otherwise xla.
+
+    Args:
+      model: its kernel, its selection and its schedule's budgets count.
+      batch, size, dtype: of the cache.
+    """
+    budgets = [budget for plan in model.schedule for budget in plan.budgets or ()]
+    selection, kernel = model.selection, model.kernel or "xla"
+    if budgets:
+        selection = selection.with_top_k(max(*budgets, selection.num_kept_tiles))
+    shape = (batch * model.config.num_key_value_heads, size, model.config.head_dim)
+    try:
+        decode.check(kernel, selection, shape, dtype)
+    except UnsupportedError as error:
+        return "xla", f"{kernel} does not take these steps: {error}"
+    return ("xla", "") if kernel != decode.PAGED else (kernel, "JAX's paged attention")
 
 
 class _Passes:
@@ -152,7 +178,6 @@ class _Passes:
         self.ids_BN, self.positions_B = on_first_device(jax.tree.map(jnp.asarray, inputs), arms.mesh)
         self.targets_BN = following[:, 1:]
         self.layer_densities: list[float] = []
-        self._compare = compile_comparison(arms.dense, None)
 
     def _fill(self, forward: Forward, windows: Sequence[jax.Array], size: int) -> KVCache:
         caches = [
@@ -176,7 +201,9 @@ class _Passes:
         self.run("dense", "dense")
         self.run("sparse", "sparse")
 
-    def compare(self, prefill: str, samples: Mapping[str, list[float]]) -> dict[str, list[Comparison]]:
+    def compare(
+        self, prefill: str, samples: Mapping[str, list[float]], comparison: Callable[..., Comparison]
+    ) -> dict[str, list[Comparison]]:
         """What each sequence's tokens lose, [N] each, on the host, by what filled the sparse arm's cache.
 
         The passes of the dense arm and of the sparse one after `prefill` are timed into `samples`.
@@ -188,7 +215,7 @@ class _Passes:
         streams = {prefill: sparse.stream, other: self.run("sparse", other).stream}
         targets_BN = on_first_device(self.targets_BN, self.arms.mesh)
         return {
-            name: _by_sequence(jax.device_get(self._compare(self.params, dense.stream, stream, targets_BN)))
+            name: _by_sequence(jax.device_get(comparison(self.params, dense.stream, stream, targets_BN)))
             for name, stream in streams.items()
         }
 
@@ -255,7 +282,8 @@ def measure_depth(arms: Arms, depth: int, batch: int, n_runs: int) -> DepthRow:
     free = free_memory(device)
     needed = KVCache.bytes_needed(config, batch, size, arms.cache_dtype)
     if free is not None and needed > SPARE_MEMORY * free:
-        return DepthRow(depth, batch, skipped=f"needs a cache of {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
+        skipped = f"needs a cache of {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        return DepthRow(depth, batch, skipped=skipped)
     params = on_first_device(arms.params, arms.mesh)
     models = {"dense": arms.dense, "keep_all": keeping_all(arms.sparse, size), "sparse": arms.sparse}
     decoders = _compile(models, params, batch, size, DEPTH_STEPS, arms)
@@ -294,13 +322,13 @@ def random_cache(config: Any, batch: int, size: int, dtype: Any) -> KVCache:
 # --- Greedy continuations ---
 
 
-def generate(arms: Arms, window: jax.Array, steps: int) -> Generated:
-    """The greedy continuation of a window by both arms, each after its own prefill."""
+def generate(arms: Arms, window: jax.Array, steps: int, prefill: str) -> Generated:
+    """The greedy continuation of a window by both arms; `prefill` fills the sparse arm's cache."""
     size = cache_size(arms.dense, window.size + steps)
     params = on_first_device(arms.params, arms.mesh)
     decoders = _compile({"dense": arms.dense, "sparse": arms.sparse}, params, 1, size, steps, arms)
     tokens = {}
-    for name, forward in arms.prefill.items():
+    for name, forward in (("dense", arms.prefill["dense"]), ("sparse", arms.prefill[prefill])):
         output = forward(arms.params, window)
         last = on_first_device(output.stream[:, -1:], arms.mesh)
         first = arms.dense.apply(params, last, method="likeliest")

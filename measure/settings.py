@@ -228,6 +228,8 @@ class Settings:
                 f"calib_windows must be at least {LIMIT_WINDOWS[0]} with max_degradation, which fits on some and "
                 f"checks on the others, got {self.calib_windows}"
             )
+        if self.windows is not None and self.decode != 0 and self.batch > self.windows:
+            raise InputError(f"batch must be at most windows, {self.windows}, which it decodes, got {self.batch}")
         if self.verbose and self.quiet:
             raise InputError("verbose and quiet exclude each other: give one of them")
 
@@ -301,7 +303,7 @@ class Settings:
             parser.error(str(error))
 
     def check_files(self) -> None:
-        """Opens what is to be read later, and tables that are to be gone on with, before anything that takes long, such as fetching weights.
+        """Opens the files that are read later, and tables to append to, before anything that takes long.
 
         Raises:
           InputError: a file that is missing or cannot be read; a table with other columns.
@@ -319,7 +321,7 @@ class Settings:
     @property
     def test_windows(self) -> tuple[int, int]:
         """How many windows are tested, at least and at most."""
-        return (1, DEFAULT_WINDOWS) if self.windows is None else (self.windows, self.windows)
+        return (1, max(DEFAULT_WINDOWS, self.batch)) if self.windows is None else (self.windows, self.windows)
 
     @property
     def calibration_windows(self) -> tuple[int, int]:

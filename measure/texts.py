@@ -97,13 +97,13 @@ def load_windows(
 def _following(
     ids: Sequence[int], length: int, num_windows: int, count: int, settings: Settings
 ) -> tuple[jax.Array, ...]:
-    """int32 [1, count] for each window of `length` ids that has so many after it.
+    """int32 [1, count] for each window of `length` ids that has so many after it; none where the default has no room.
 
     Raises:
-      InputError: --decode asked for it, and fewer windows than are decoded at once have them.
+      InputError: --decode or --batch asked for it, and fewer windows than are decoded at once have them.
     """
     ends = [end for end in range(length, num_windows * length + 1, length) if end + count <= len(ids)]
-    if len(ends) < settings.batch and settings.decode is None:
+    if not ends and settings.decode is None and settings.batch == 1:
         return ()
     if count and len(ends) < settings.batch:
         raise InputError(

@@ -424,9 +424,10 @@ def decoding(found: Decoding, dtype: str) -> str:
     quality = found.quality
     error = "" if quality.se_tokens is None else f" ± {100 * quality.se_tokens:.2f} over {quality.predictions} tokens"
     top1 = "" if quality.same_top1_se is None else f" ± {100 * quality.same_top1_se:.1f}"
+    each = "" if found.batch == 1 else " of every sequence"
     lines = [
         f"🔁 DECODING {found.steps} tokens after {found.depth}, batch {found.batch}, {dtype}",
-        f"   ({quality.windows} window(s), {found.prefill} prefill)",
+        f"   ({quality.windows} window(s), {found.prefill} prefill, steps by {' - '.join(filter(None, found.kernel))})",
         RULE,
         "",
         f"   Dense Perplexity:  {quality.dense_perplexity:.4f}",
@@ -436,7 +437,7 @@ def decoding(found: Decoding, dtype: str) -> str:
         f"   Density:           {quality.density:.2%}",
         "   (A query tile is one row here: no row helps to choose for an earlier one.)",
         "",
-        f"   Milliseconds a token (median [min, max] of {len(found.dense_ms)} passes):",
+        f"   Milliseconds a token{each} (median [min, max] of {len(found.dense_ms)} passes):",
     ]
     for arm, times, size in (
         ("dense", found.dense_ms, found.dense_bytes),

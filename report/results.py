@@ -328,6 +328,7 @@ class Decoding:
       steps: tokens decoded after it.
       batch: windows decoded at once.
       prefill: what filled the sparse arm's cache, "sparse" or "dense".
+      kernel: the steps' implementation, and why ("" where there is nothing to say).
       compared: for each window what each of its tokens lost, arrays [N].
       compared_other_prefill: the same with the other kind of prefill.
       layer_densities: counted in the steps.
@@ -340,6 +341,7 @@ class Decoding:
     steps: int
     batch: int
     prefill: str
+    kernel: tuple[str, str]
     compared: Sequence[Comparison]
     compared_other_prefill: Sequence[Comparison]
     layer_densities: Sequence[float]
@@ -376,6 +378,7 @@ class Decoding:
             "tokens": self.steps,
             "batch": self.batch,
             "prefill": self.prefill,
+            "kernel": self.kernel[0],
             "windows": quality.windows,
             "dense": {
                 "perplexity": quality.dense_perplexity,

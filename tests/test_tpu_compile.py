@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from bench import compile_tpu as tpu
 
 LEAST = [("v5e", "llama3.2-1b", 2048, kind) for kind in tpu.KINDS]
+LEAST_STEPS = [("v5e", "llama3.1-8b", 8192, 1, kind) for kind in tpu.STEPS]
+STEPS = [*itertools.product(tpu.TOPOLOGIES, tpu.SHAPES, tpu.DEPTHS, tpu.BATCHES, tpu.STEPS)]
 ROWS = [*itertools.product(tpu.TOPOLOGIES, tpu.SHAPES, tpu.LENGTHS, tpu.KINDS)]
 
 
@@ -30,6 +32,19 @@ def test_programs_compile_and_fit(topology, shape, length, kind):
     assert row.hbm_bytes <= tpu.TOPOLOGIES[topology][1]
     if length >= (32768 if kind == "block" else 8192):  # below, T x F is larger than T x T
         assert row.largest < length * length
+
+
+@pytest.mark.parametrize(
+    ("topology", "shape", "depth", "batch", "kind"),
+    [pytest.param(*row, marks=pytest.mark.tpu_compile if row in LEAST_STEPS else pytest.mark.full) for row in STEPS],
+)
+def test_steps_of_decoding_compile_and_hold_the_cache_once(topology, shape, depth, batch, kind):
+    """Heads of 128 are paged; those of 64 are gathered by XLA."""
+    row = tpu.compile_step(topology, shape, depth, batch, kind)
+    assert row.kind.endswith("pallas_tpu" if shape == "llama3.1-8b" and kind != "anchor" else "xla")
+    assert row.hbm_bytes <= tpu.TOPOLOGIES[topology][1]
+    cache = tpu.cache_bytes(tpu.SHAPES[shape], depth, batch)
+    assert cache < row.hbm_bytes < 1.3 * cache + 2**24
 
 
 @pytest.mark.parametrize(
