@@ -72,7 +72,7 @@ def reuse_step(
     B, Z, M = q_BNH.shape[0], k_ZSH.shape[0], selection.tile_size
     places_ZC, used_ZC = _places(tiles_BK1C)
     scores_ZGW = _scores(q_BNH, _gather(k_ZSH, places_ZC, M))
-    key_ZCM = places_ZC[..., None] * M + jnp.arange(M)
+    key_ZCM = places_ZC[..., None] * M + jnp.arange(M)[None, None]
     seen_ZCM = visible(jnp.repeat(positions_B, Z // B)[:, None, None], key_ZCM, selection.window)
     seen_ZCM &= used_ZC[..., None]
     scores_ZGW = jnp.where(seen_ZCM.reshape(Z, 1, -1), scores_ZGW, UNSEEN)
