@@ -177,21 +177,29 @@ OURS = {  # ours -> (Hugging Face, GGUF, Meta), written out once more as the ora
     "feed_forward/w2": ("mlp.down_proj", "ffn_down", "feed_forward.w2"),
     "feed_forward/w3": ("mlp.up_proj", "ffn_up", "feed_forward.w3"),
 }
+EXTRA = {  # what some architectures have beside, by its whole name
+    "attention/bq": ("self_attn.q_proj.bias", "attn_q.bias", "attention.wq.bias"),
+    "attention/bk": ("self_attn.k_proj.bias", "attn_k.bias", "attention.wk.bias"),
+    "attention/bv": ("self_attn.v_proj.bias", "attn_v.bias", "attention.wv.bias"),
+    "attention/bo": ("self_attn.o_proj.bias", "attn_output.bias", "attention.wo.bias"),
+    "attention/q_norm": ("self_attn.q_norm.weight", "attn_q_norm.weight", "attention.q_norm.weight"),
+    "attention/k_norm": ("self_attn.k_norm.weight", "attn_k_norm.weight", "attention.k_norm.weight"),
+}
 TOP = {
     "tok_embeddings": ("model.embed_tokens", "token_embd", "tok_embeddings"),
     "norm": ("model.norm", "output_norm", "norm"),
     "output": ("lm_head", "output", "output"),
 }
-GGUF_FIELDS = {
-    "llama.block_count": "num_hidden_layers",
-    "llama.context_length": "max_position_embeddings",
-    "llama.embedding_length": "hidden_size",
-    "llama.feed_forward_length": "intermediate_size",
-    "llama.attention.head_count": "num_attention_heads",
-    "llama.attention.head_count_kv": "num_key_value_heads",
-    "llama.attention.key_length": "head_dim",
-    "llama.rope.dimension_count": "head_dim",
-    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
+GGUF_FIELDS = {  # behind the architecture's name
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "rope.dimension_count": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 META_PARAMS = {
     "dim": "hidden_size",
@@ -210,8 +218,11 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows[order]
 
 
-def source_weights(config: dict, kind: int) -> dict[str, np.ndarray]:
-    """The tensors of `hf_weights` under another source's names (1 GGUF, 2 Meta), in its row order."""
+def source_weights(config: dict, kind: int, pairs: bool = True) -> dict[str, np.ndarray]:
+    """The tensors of `hf_weights` under another source's names (1 GGUF, 2 Meta), in its row order.
+
+    `pairs` says whether RoPE's pairs stand side by side in q and k.
+    """
     weights, renamed = hf_weights(config), {}
     for names in TOP.values():
         if f"{names[0]}.weight" in weights:
@@ -219,11 +230,29 @@ def source_weights(config: dict, kind: int) -> dict[str, np.ndarray]:
     for layer in range(config["num_hidden_layers"]):
         for ours, names in OURS.items():
             tensor = weights[f"model.layers.{layer}.{names[0]}.weight"]
-            if ours in ("attention/wq", "attention/wk"):
+            if pairs and ours in ("attention/wq", "attention/wk"):
                 heads = config["num_attention_heads" if ours.endswith("q") else "num_key_value_heads"]
                 tensor = interleaved(tensor, heads)
             renamed[f"{('blk', 'layers')[kind - 1]}.{layer}.{names[kind]}.weight"] = tensor
+        for ours, names in EXTRA.items():
+            tensor = weights.get(f"model.layers.{layer}.{names[0]}")
+            if tensor is not None:
+                heads = config["num_attention_heads" if ours.endswith("q") else "num_key_value_heads"]
+                swapped = pairs and ours in ("attention/bq", "attention/bk")
+                name = f"{('blk', 'layers')[kind - 1]}.{layer}.{names[kind]}"
+                renamed[name] = interleaved(tensor, heads) if swapped else tensor
     return renamed
+
+
+def fused_like_phi3(weights: dict[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
+    """GGUF tensors with q, k and v in one, and gate and up in one that has the name of up."""
+    weights = dict(weights)
+    for i in range(layers):
+        rows = [weights.pop(f"blk.{i}.attn_{letter}.weight") for letter in "qkv"]
+        weights[f"blk.{i}.attn_qkv.weight"] = np.concatenate(rows)
+        rows = [weights.pop(f"blk.{i}.ffn_{name}.weight") for name in ("gate", "up")]
+        weights[f"blk.{i}.ffn_up.weight"] = np.concatenate(rows)
+    return weights
 
 
 def expected_arrays(config: dict) -> dict[str, np.ndarray]:
@@ -236,6 +265,9 @@ def expected_arrays(config: dict) -> dict[str, np.ndarray]:
     for layer in range(config["num_hidden_layers"]):
         for ours, names in OURS.items():
             expected[f"layer_{layer}.pkl/{ours}"] = weights[f"model.layers.{layer}.{names[0]}.weight"].T
+        for ours, names in EXTRA.items():
+            if f"model.layers.{layer}.{names[0]}" in weights:
+                expected[f"layer_{layer}.pkl/{ours}"] = weights[f"model.layers.{layer}.{names[0]}"]
     return expected
 
 
@@ -264,8 +296,9 @@ def write_gguf(
 ) -> Path:
     """A GGUF file: matrices of GGML type `kind`, norms float32. `metadata` has __ for dots; None leaves a key out."""
     writer = gguf.GGUFWriter(path, architecture)
-    fields = {key: config[name] for key, name in GGUF_FIELDS.items()} | gpt2_fields()
-    fields["llama.rope.freq_base"] = config["rope_parameters"]["rope_theta"]
+    config = {"head_dim": config["hidden_size"] // config["num_attention_heads"]} | config
+    fields = {f"{architecture}.{key}": config[name] for key, name in GGUF_FIELDS.items()} | gpt2_fields()
+    fields[f"{architecture}.rope.freq_base"] = config["rope_parameters"]["rope_theta"]
     for key, value in (fields | {key.replace("__", "."): value for key, value in metadata.items()}).items():
         if isinstance(value, list):
             writer.add_array(key, value)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from synthetic import HF_CONFIGS, LLAMA3_ROPE
+from synthetic import HF_CONFIGS, LLAMA3_ROPE, MODELS
 
 from errors import InputError, UnsupportedError
 from weights.config import MOST_LAYERS, LlamaConfig, RopeScaling, chunk_shapes, layer_chunk, rope_frequencies
@@ -38,21 +38,60 @@ def test_a_number_that_is_written_as_text_is_read_where_it_may_be_a_fraction():
     assert LlamaConfig.from_hf(HF | {"rms_norm_eps": "1e-05"}).rms_norm_eps == 1e-5
 
 
+def test_what_a_family_leaves_out_is_transformers_default():
+    mistral = LlamaConfig.from_hf({key: HF[key] for key in ("vocab_size", "intermediate_size")} | {
+        "hidden_size": 32, "model_type": "mistral", "num_hidden_layers": 2, "num_attention_heads": 8,
+    })  # fmt: skip
+    assert (mistral.sliding_window, mistral.num_key_value_heads, mistral.max_position_embeddings) == (4096, 8, 131072)
+    assert LlamaConfig.from_hf(HF | {"model_type": "mistral", "sliding_window": None}).sliding_window is None
+    windows = {"use_sliding_window": True, "sliding_window": 7}
+    for kinds, window in ((["sliding_attention"] * 3, 7), (["full_attention"] * 3, None)):
+        assert (
+            LlamaConfig.from_hf(HF | windows | {"model_type": "qwen3", "layer_types": kinds}).sliding_window == window
+        )
+    assert LlamaConfig.from_hf(HF | {"model_type": "smollm3", "num_hidden_layers": 9}).no_rope_layers == (3, 7)
+    assert LlamaConfig.from_hf(HF | {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}).no_rope_layers == (1,)
+
+
+def test_an_original_length_that_is_left_out_is_the_context():
+    for kind in ("llama3", "yarn"):
+        rope = {key: value for key, value in LLAMA3_ROPE.items() if key != "original_max_position_embeddings"}
+        short = LlamaConfig.from_hf(HF | {"rope_parameters": rope | {"rope_type": kind}})
+        whole = rope | {"rope_type": kind, "original_max_position_embeddings": HF["max_position_embeddings"]}
+        assert short == LlamaConfig.from_hf(HF | {"rope_parameters": whole})
+
+
+def test_a_manifest_of_before_biases_and_windows_is_read():
+    config = LlamaConfig.from_hf(HF)
+    names = ("qkv_bias", "output_bias", "qk_norm", "sliding_window", "no_rope_layers")
+    old = {key: value for key, value in dataclasses.asdict(config).items() if key not in names}
+    assert LlamaConfig.from_dict(old) == config
+
+
 def test_a_config_survives_its_dict():
-    for config in map(LlamaConfig.from_hf, HF_CONFIGS.values()):
+    for config in map(LlamaConfig.from_hf, [*HF_CONFIGS.values(), *MODELS.values()]):
         assert LlamaConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "architecture 'MistralForCausalLM'"),
-        ({"model_type": "qwen2"}, "architecture 'qwen2'"),
-        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        (
+            {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]},
+            "architecture 'Gemma2ForCausalLM'.*; llama, mi",
+        ),
+        ({"model_type": "mixtral"}, "architecture 'mixtral'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architecture 'LlamaForSequenceClassification'"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
+            "sliding_window=4096 in some layers only .full_attention, s",
+        ),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, "partial_rotary_factor=0.75 is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"sliding_window": 4096}, "sliding_window=4096 is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "mrope"}}, "rope_type 'mrope' is not supported; default, linear"),
     ],
 )
 def test_what_the_model_does_not_compute_is_refused_by_name(change, match):
@@ -61,6 +100,7 @@ def test_what_the_model_does_not_compute_is_refused_by_name(change, match):
 
 
 WHOLE = "must be a whole number of at least 1, got "
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 5}
 SENSELESS = {  # a change -> the sentence
     f"^num_hidden_layers {WHOLE}0$": {"num_hidden_layers": 0},
     f"^num_attention_heads {WHOLE}False$": {"num_attention_heads": False},
@@ -88,6 +128,22 @@ SENSELESS = {  # a change -> the sentence
     "^rope_parameters.low_freq_factor is missing; expected a number above 0$": {
         "rope_parameters": {"rope_type": "llama3", "factor": 8.0}
     },
+    "^rope_parameters.factor is missing; expected a number above 0$": {"rope_parameters": {"rope_type": "linear"}},
+    "^rope_parameters.long_factor must be a list of 5 numbers above 0, got .1.$": {
+        "rope_parameters": LONG | {"long_factor": [1]}
+    },
+    "^rope_parameters.long_factor must be a number above 0, got .x.$": {
+        "rope_parameters": LONG | {"long_factor": [1, 1, 1, 1, "x"]}
+    },
+    "^no_rope_layers must be a list of whole numbers from 0 to 1, got .2.$": {
+        "model_type": "smollm3",
+        "no_rope_layers": [2],
+    },
+    "^no_rope_layers must be a list of 3 numbers, one for each layer, got .1.$": {
+        "model_type": "smollm3",
+        "no_rope_layers": [1],
+    },
+    "^layer_types must be a list of texts, got 7$": {"model_type": "mistral", "layer_types": 7},
     "^architectures must be a list of texts, got {'a': 1}$": {"architectures": {"a": 1}},
     "^architectures must be a list of texts, got .7.$": {"architectures": [7]},
     "^model_type must be text, got .'llama'.$": {"model_type": ["llama"]},
@@ -124,6 +180,9 @@ def test_a_missing_field_is_named_as_the_file_calls_it():
         ({"rope_scaling": 7}, "rope_scaling must be an object, got 7"),
         ({"hidden_size": 10**12}, "hidden_size must be a whole number of at most 2147483647"),
         ({"rope_scaling": {"factor": 2.0}}, "RopeScaling: low_freq_factor is missing"),
+        ({"rope_scaling": {"factors": [1.0]}}, "expected 5 RoPE factors, got 1"),
+        ({"rope_scaling": {"factors": [1.0, 0.0]}}, "rope_scaling.factors must be a number above 0, got 0.0"),
+        ({"no_rope_layers": [3]}, "no_rope_layers must be a list of whole numbers from 0 to 2, got .3."),
     ],
 )
 def test_a_dict_that_is_no_config_is_refused(change, match):

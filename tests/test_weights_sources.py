@@ -14,7 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from synthetic import (
     HF_CONFIGS,
+    MODELS,
     expected_arrays,
+    fused_like_phi3,
     hf_weights,
     interleaved,
     meta_shards,
@@ -28,7 +30,7 @@ from synthetic import (
 
 from errors import InputError, UnsupportedError
 from weights import sources
-from weights.config import LlamaConfig, RopeScaling, chunk_shapes, layer_chunk
+from weights.config import LlamaConfig, RopeFactors, RopeScaling, chunk_shapes, layer_chunk, rope_frequencies
 from weights.folder import DTYPES
 from weights.gguf_file import read_gguf
 from weights.sources import open_checkpoint, with_rope_factors
@@ -107,6 +109,55 @@ def test_gguf_files(tmp_path, name):
     assert checkpoint.config == dataclasses.replace(LlamaConfig.from_hf(config), rms_norm_eps=float(np.float32(1e-5)))
     assert (checkpoint.model, checkpoint.source) == ("tiny", f"tiny.gguf ({path.stat().st_size} bytes)")
     assert checkpoint.tokenizer.encode("he") == [256]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hugging_face_folders_of_every_architecture(tmp_path, name):
+    checkpoint = open_checkpoint(write_hf(tmp_path / "hf", MODELS[name]))
+    assert_arrays(checkpoint, expected_arrays(MODELS[name]))
+    assert checkpoint.warnings == check_names(checkpoint) == ()
+
+
+FACTORS = {"rope_factors_short.weight": [1.0, 1.25], "rope_factors_long.weight": [2.0, 9.0]}
+GGUF_MODELS = {  # name -> architecture, metadata, tensors; None where the file is to say nothing
+    "llama_bias_linear": ("llama", {"rope__scaling__type": "linear", "rope__scaling__factor": 2.5}, {}),
+    "llama_dynamic": ("llama", {}, {}),
+    "mistral_window": ("llama", {"attention__sliding_window": 9, "attention__head_count_kv": [2, 2, 2]}, {}),
+    "qwen2_yarn": ("qwen2", {
+        "rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 16,
+        "rope__scaling__yarn_beta_fast": 4.0, "rope__scaling__yarn_beta_slow": 0.5,
+    }, {}),
+    "qwen3_mscale": ("qwen3", {"rope__scaling__factor": 4.0}, {}),  # without a type: linear
+    "phi3_longrope": ("phi3", {"rope__scaling__original_context_length": 16, "rope__scaling__attn_factor": 1.5**0.5}, FACTORS),
+    "smollm3_nope": ("smollm3", {}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GGUF_MODELS)
+def test_gguf_files_of_every_architecture(tmp_path, name):
+    architecture, metadata, factors = GGUF_MODELS[name]
+    config = with_gguf_vocabulary(MODELS[name]) | {"no_rope_layer_interval": 4}
+    config |= {"num_hidden_layers": 4} if architecture == "smollm3" else {}
+    weights = source_weights(config, 1, pairs=architecture in ("llama", "smollm3"))
+    weights = fused_like_phi3(weights, config["num_hidden_layers"]) if architecture == "phi3" else weights
+    weights |= {key: np.array(values, np.float32) for key, values in factors.items()}
+    if architecture == "smollm3":
+        weights["rope_freqs.weight"] = rope_factors({"head_dim": 4} | config)
+    metadata = {f"{architecture}__{key}": value for key, value in metadata.items()}
+    path = write_gguf(tmp_path / "tiny.gguf", config, weights=weights, architecture=architecture, **metadata)
+    checkpoint = open_checkpoint(path)
+    assert_arrays(checkpoint, expected_arrays(config))
+    if architecture == "qwen3":
+        config |= {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 300.0}}
+    expected = LlamaConfig.from_hf(config)
+    plain = {"rope_scaling": None, "rms_norm_eps": 1e-5}
+    assert dataclasses.replace(checkpoint.config, **plain) == dataclasses.replace(expected, **plain)
+    for long in (False, True):
+        np.testing.assert_allclose(
+            rope_frequencies(checkpoint.config, long), rope_frequencies(expected, long), rtol=1e-6
+        )
+    got, wanted = (getattr(c.rope_scaling, "attention_factor", 1.0) for c in (checkpoint.config, expected))
+    assert got == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -201,11 +252,17 @@ def test_rope_factors_of_one_are_no_scaling():
     assert with_rope_factors(config, np.ones(3, np.float32)) == config
 
 
-@pytest.mark.parametrize(
-    "factors", [np.linspace(1, 8, 5), np.full(7, 8.0), np.zeros(5), np.full(5, np.nan), np.ones(4)]
-)
-def test_other_rope_factors_are_refused(factors):
-    with pytest.raises(UnsupportedError, match=r"rope_freqs.weight: expected llama3 scaling with low 1, high 4"):
+def test_rope_factors_that_are_not_llama_3s_are_kept_as_they_are():
+    config = dataclasses.replace(LlamaConfig.from_hf(UNTIED), rope_scaling=None)
+    scaled = with_rope_factors(config, np.array([1, 2, 3, 4, 8], np.float32))
+    assert scaled.rope_scaling == RopeFactors((1.0, 2.0, 3.0, 4.0, 8.0))
+    with pytest.raises(UnsupportedError, match="rope_freqs.weight beside another scaling"):
+        with_rope_factors(scaled, np.full(5, 2, np.float32))
+
+
+@pytest.mark.parametrize("factors", [np.full(7, 8.0), np.zeros(5), np.full(5, np.nan), np.ones(4)])
+def test_rope_factors_that_make_no_sense_are_refused(factors):
+    with pytest.raises(InputError, match="rope_freqs.weight: expected 5 numbers above 0, got array"):
         with_rope_factors(LlamaConfig.from_hf(UNTIED), factors.astype(np.float32))
 
 
@@ -237,10 +294,6 @@ def test_an_input_that_is_none_is_refused_with_what_to_type(tmp_path, monkeypatc
 # --- Hugging Face folders that are refused ---
 
 CHANGED_WEIGHTS = {
-    "unknown tensor 'model.layers.3.mlp.up_proj.weight' in .* of 3 layers": {
-        "model.layers.3.mlp.up_proj.weight": np.ones((14, 24), np.float32)
-    },
-    "unknown tensor 'xxx.* characters": {"x" * 10**5: np.ones(1, np.float32)},
     "missing tensor model.norm.weight": {"model.norm.weight": None},
     "missing tensor lm_head.weight": {"lm_head.weight": None},
     r"tensor model.norm.weight has shape \(23,\), expected \(24,\)": {"model.norm.weight": np.ones(23, np.float32)},
@@ -270,7 +323,9 @@ def test_a_value_too_large_for_float16_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("match", "change"),
     [
-        ("q_proj.bias': biases are not supported", {"model.layers.0.self_attn.q_proj.bias": np.ones(60, np.float32)}),
+        ("q_proj.bias': this network has none", {"model.layers.0.self_attn.q_proj.bias": np.ones(60, np.float32)}),
+        ("k_norm.weight': this network has none", {"model.layers.2.self_attn.k_norm.weight": np.ones(10, np.float32)}),
+        ("lm_head.bias': this network has none", {"lm_head.bias": np.ones(50, np.float32)}),
         ("'model.norm.weight' is stored as I8; supported are F64, F32", {"model.norm.weight": np.ones(24, np.int8)}),
     ],
 )
@@ -288,14 +343,123 @@ def test_a_tied_output_that_is_stored_must_be_the_embeddings(tmp_path):
 
 
 def test_rotary_buffers_are_dropped(tmp_path):
-    weights = hf_weights(UNTIED) | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(5, np.float32)}
-    assert_arrays(open_checkpoint(write_hf(tmp_path / "hf", UNTIED, weights)), expected_arrays(UNTIED))
+    buffers = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+    weights = hf_weights(UNTIED) | {key: np.ones(5, np.float32) for key in buffers}
+    checkpoint = open_checkpoint(write_hf(tmp_path / "hf", UNTIED, weights))
+    assert_arrays(checkpoint, expected_arrays(UNTIED))
+    assert check_names(checkpoint) == ()
+
+
+def test_tensors_that_are_not_used_are_named_in_one_warning(tmp_path):
+    unused = {
+        "v_head.summary.weight": np.ones((1, 24), np.float32),
+        "v_head.summary.bias": np.ones(1, np.float32),
+        "model.embed_positions.position_ids": np.arange(9)[None],
+        "model.layers.1.self_attn.bias": np.tri(9, dtype=bool)[None, None],
+        "model.layers.3.mlp.up_proj.weight": np.ones((14, 24), np.float32),
+        "x" * 10**5: np.ones(1, np.int8),
+    }
+    checkpoint = open_checkpoint(write_hf(tmp_path / "hf", UNTIED, hf_weights(UNTIED) | unused))
+    assert_arrays(checkpoint, expected_arrays(UNTIED))
+    (warning,) = check_names(checkpoint)
+    assert warning.startswith("tensors that a network of 3 layers does not use: 'model.embed_positions.position_ids', ")
+    assert "'model.layers.1.self_attn.bias', 'model.layers.3.mlp.up_proj.weight' and 3 more" in warning
+
+
+def test_fewer_layers_than_stored_are_read_with_a_warning(tmp_path):
+    weights = hf_weights(UNTIED)
+    checkpoint = open_checkpoint(write_hf(tmp_path / "hf", UNTIED | {"num_hidden_layers": 2}, weights))
+    assert_arrays(checkpoint, {key: array for key, array in expected_arrays(UNTIED).items() if "layer_2" not in key})
+    assert "a network of 2 layers does not use: 'model.layers.2.input_layernorm.weight'" in check_names(checkpoint)[0]
+    gguf_config = with_gguf_vocabulary(UNTIED)
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", gguf_config, llama__block_count=2))
+    assert "a network of 2 layers does not use: 'blk.2.attn_k.weight', " in check_names(checkpoint)[0]
+
+
+def renamed(weights, change):
+    return {change(key): tensor for key, tensor in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda key: f"_orig_mod.{key}",
+        lambda key: f"language_model.{key}",
+        lambda key: key.replace("model.", "model.language_model."),
+        lambda key: key.removeprefix("model."),
+    ],
+)
+def test_the_names_of_other_wrappers_are_read(tmp_path, change):
+    source = write_hf(tmp_path / "hf", TIED, renamed(hf_weights(TIED), change))
+    assert_arrays(open_checkpoint(source), expected_arrays(TIED))
+    for architecture in ("LLaMAForCausalLM", "LlamaModel"):
+        write_hf(tmp_path / architecture, TIED, architectures=[architecture])
+        assert_arrays(open_checkpoint(tmp_path / architecture), expected_arrays(TIED))
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path):
+    weights = hf_weights(TIED)
+    weights["_orig_mod.model.norm.weight"] = weights["model.norm.weight"]
+    refused(write_hf(tmp_path / "hf", TIED, weights), InputError, "duplicate tensor 'model.norm.weight'")
+
+
+@pytest.mark.parametrize("tied", [None, True])
+def test_embeddings_are_tied_where_nothing_says_so_and_no_head_is_stored(tmp_path, tied):
+    checkpoint = open_checkpoint(write_hf(tmp_path / "hf", TIED, tie_word_embeddings=tied))
+    assert checkpoint.config.tie_word_embeddings
+    refused(write_hf(tmp_path / "no", TIED, tie_word_embeddings=False), InputError, "missing tensor lm_head.weight")
+    assert not open_checkpoint(write_hf(tmp_path / "head", UNTIED, tie_word_embeddings=None)).config.tie_word_embeddings
+
+
+def test_biases_that_the_config_has_and_the_file_has_not_are_a_warning(tmp_path):
+    checkpoint = open_checkpoint(write_hf(tmp_path / "hf", UNTIED, attention_bias=True))
+    assert_arrays(checkpoint, expected_arrays(UNTIED))
+    assert "self_attn.q_proj.bias, model.layers.0.self_attn.o_proj.bias is not stored" in checkpoint.warnings[0]
+
+
+# --- 8-bit floats ---
+
+
+def with_float8(weights, key, scale, suffix):
+    """The weights with one of them in 8 bits and its scale beside it, and what it stands for."""
+    values = (weights[key] / 2).astype(ml_dtypes.float8_e4m3fn)
+    spread = np.kron(scale, np.ones((7, 6))) if scale.ndim == 2 and scale.shape[1] > 1 else scale
+    exact = values.astype(np.float32) * spread.astype(np.float32)
+    return weights | {key: values, f"{key}{suffix}": scale.astype(np.float32)}, exact
+
+
+@pytest.mark.parametrize(
+    ("scale", "suffix"),
+    [
+        (np.array(2.0), "_scale"),
+        (np.arange(1.0, 15)[:, None], "_scale"),
+        (np.arange(1.0, 9).reshape(2, 4), "_scale_inv"),
+    ],
+    ids=["one", "rows", "blocks"],
+)
+def test_8_bit_floats_are_dequantised_by_their_scales(tmp_path, scale, suffix):
+    key = "model.layers.1.mlp.up_proj.weight"  # [14, 24]
+    weights, exact = with_float8(hf_weights(UNTIED), key, scale, suffix)
+    quantization = {"quant_method": "fp8", "weight_block_size": [7, 6]}
+    checkpoint = open_checkpoint(write_hf(tmp_path / "hf", UNTIED, weights, quantization_config=quantization))
+    assert_arrays(checkpoint, expected_arrays(UNTIED) | {"layer_1.pkl/feed_forward/w3": exact.T})
+    assert checkpoint.dtype == "float32" and check_names(checkpoint) == ()
+
+
+def test_8_bit_floats_without_a_fitting_scale_are_refused_by_name(tmp_path):
+    key = "model.layers.1.mlp.up_proj.weight"
+    weights, _ = with_float8(hf_weights(UNTIED), key, np.ones((2, 4)), "_scale")
+    match = f"the scale of tensor '{key}' has shape .2, 4., expected .1, 1., a row or one"
+    refused(write_hf(tmp_path / "blocks", UNTIED, weights), InputError, match)
+    del weights[f"{key}_scale"]
+    match = f"tensor '{key}' is stored as F8_E4M3, and no scale '{key}_scale' is there"
+    refused(write_hf(tmp_path / "none", UNTIED, weights), UnsupportedError, match)
 
 
 @pytest.mark.parametrize(
     ("error", "match", "changes"),
     [
-        (UnsupportedError, r"config.json: architecture 'LlamaForCausalLM' .*'qwen2'.* only llama is", {"model_type": "qwen2"}),
+        (UnsupportedError, r"config.json: architecture 'LlamaForCausalLM' .*'gemma'.*; llama, mistral", {"model_type": "gemma"}),
         (UnsupportedError, r"quantised \(quantization_config", {"quantization_config": {"bits": 4}}),
         (InputError, "config.json: num_attention_heads must be a whole number of at least 1, got 0", {"num_attention_heads": 0}),
         (InputError, "config.json: num_hidden_layers must be a whole number of at most 1024", {"num_hidden_layers": 4 * 10**9}),
@@ -347,6 +511,16 @@ def test_an_index_that_cannot_be_followed_is_refused(tmp_path, match):
     refused(source, InputError, f"index.json: {match}")
 
 
+def test_shards_without_an_index_are_read_if_all_are_there(tmp_path):
+    source = write_hf(tmp_path / "hf", UNTIED, shards=3)
+    (source / "model.safetensors.index.json").unlink()
+    for i in range(3):
+        (source / f"model-{i}.safetensors").rename(source / f"model-{i + 1:05d}-of-00003.safetensors")
+    assert_arrays(open_checkpoint(source), expected_arrays(UNTIED))
+    (source / "model-00002-of-00003.safetensors").unlink()
+    refused(source, InputError, "expected model-00001-of-00003.safetensors to model-00003-of-00003.safetensors, found")
+
+
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     source = write_hf(tmp_path / "hf", UNTIED, shards=2)
     first = load_file(source / "model-0.safetensors")
@@ -360,13 +534,13 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("error", "match", "changes"),
     [
-        (UnsupportedError, "architecture 'qwen2'", {"architecture": "qwen2"}),
-        (UnsupportedError, "llama.attention.sliding_window=64", {"llama__attention__sliding_window": 64}),
-        (UnsupportedError, "rope_type 'linear'", {"llama__rope__scaling__type": "linear"}),
+        (UnsupportedError, "architecture 'gemma2' is not supported; llama, qwen2", {"architecture": "gemma2"}),
+        (InputError, "llama.rope.scaling.factor is missing", {"llama__rope__scaling__type": "linear"}),
+        (UnsupportedError, "attn_factor=1.5 is not supported", {"llama__rope__scaling__attn_factor": 1.5}),
         (UnsupportedError, "dimension_count=4 is not supported; only 10 is", {"llama__rope__dimension_count": 4}),
         (UnsupportedError, "value_length=6 is not supported; only 10", {"llama__attention__value_length": 6}),
         (UnsupportedError, "expert_count=8 is not supported; only 0", {"llama__expert_count": 8}),
-        (UnsupportedError, "split.count=2 is not supported; only 1 is; join .* llama-gguf-split --merge", {"split__count": 2}),
+        (InputError, "split.count=2, and 'tiny-00001-of-00002.gguf' is not beside it; .* llama-gguf-split --merge", {"split__count": 2}),
         (UnsupportedError, "llama.attention.head_count_kv differs from", {"llama__attention__head_count_kv": [2, 2, 1]}),
         (InputError, "llama.block_count is missing; expected a whole number", {"llama__block_count": None}),
         (InputError, "llama.block_count must be a whole number of at most 1024, got 4000000000", {"llama__block_count": 4 * 10**9}),
@@ -376,8 +550,8 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
         (InputError, "general.alignment must be a whole number of at most", {"general__alignment": 2**31}),
         (InputError, "missing tensor blk.2.ffn_up.weight", {"weights": {"blk.2.ffn_up.weight": None}}),
         (InputError, "missing tensor token_embd.weight", {"weights": {"token_embd.weight": None}}),
-        (InputError, "unknown tensor 'blk.2.attn_k.weight' .* LLaMA of 2 layers", {"llama__block_count": 2}),
-        (UnsupportedError, "blk.0.attn_q.bias': biases are not supported", {"weights": {"blk.0.attn_q.bias": np.ones(60, np.float32)}}),
+        (UnsupportedError, "blk.0.ffn_up.bias': this network has none", {"weights": {"blk.0.ffn_up.bias": np.ones(14, np.float32)}}),
+        (InputError, "missing tensor blk.0.attn_k.bias", {"weights": {"blk.0.attn_q.bias": np.ones(60, np.float32)}}),
     ],
 )  # fmt: skip
 def test_gguf_files_that_are_refused(tmp_path, error, match, changes):
@@ -386,6 +560,22 @@ def test_gguf_files_that_are_refused(tmp_path, error, match, changes):
         weights = source_weights(config, 1) | changes["weights"]
         changes = changes | {"weights": {key: tensor for key, tensor in weights.items() if tensor is not None}}
     refused(write_gguf(tmp_path / "tiny.gguf", config, **changes), error, match)
+
+
+def test_a_split_gguf_is_read_with_its_parts(tmp_path):
+    config = with_gguf_vocabulary(UNTIED)
+    weights = list(source_weights(config, 1).items())
+    paths = [tmp_path / f"m-0000{i + 1}-of-00002.gguf" for i in range(2)]
+    for path, part in zip(paths, (weights[::2], weights[1::2])):
+        write_gguf(path, config, weights=dict(part), split__count=2)
+    for path in paths:
+        assert_arrays(open_checkpoint(path), expected_arrays(config))
+    size = sum(path.stat().st_size for path in paths)
+    assert open_checkpoint(paths[0]).source.endswith(f"({size} bytes)")
+    write_gguf(paths[1], config, weights=dict(weights), split__count=2)
+    refused(paths[0], InputError, "m-00002-of-00002.gguf: duplicate tensor '.*': an earlier part holds it too")
+    paths[1].unlink()
+    refused(paths[0], InputError, "split.count=2, and 'm-00002-of-00002.gguf' is not beside it")
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,8 @@ class LlamaConfig:
         fields = Fields({**family.defaults, **config}, names=names or {})
         _refuse_unsupported(fields, family)
         old, new = (fields.object(name, default={}) for name in ("rope_scaling", "rope_parameters"))
-        rope = Fields(old | new, fields.called("rope_parameters." if new else "rope_scaling."), fields.names)
+        prefix = "" if names else "rope_parameters." if new else "rope_scaling."
+        rope = Fields(old | new, prefix, fields.names)
         heads, width = _size(fields, "num_attention_heads"), _size(fields, "hidden_size")
         head_dim = fields.integer("head_dim", default=None)
         if head_dim is None and width % heads:

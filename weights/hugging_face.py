@@ -22,6 +22,7 @@ from weights.tokenizers import from_hugging_face
 SAFETENSORS_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOAT8 = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 FLOAT8_BLOCK = (128, 128)  # the block of a scale, where the config does not say
+MOST_FILES = 10_000  # of one checkpoint
 WRAPPERS = ("_orig_mod.", "language_model.")  # what torch.compile and models of text and images put into the names
 HEAD, EMBEDDINGS = NAMES["output"][HUGGING_FACE], NAMES["tok_embeddings"][HUGGING_FACE]
 
@@ -182,9 +183,9 @@ def _numbered_files(folder: Path, index: Path) -> list[Path]:
     files = sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
         raise InputError(f"{folder} has neither model.safetensors nor {index.name}; only safetensors weights are read")
-    count = re.fullmatch(r"model-\d+-of-(\d+)", files[0].stem)
-    width = len(count[1]) if count else 5
-    names = [f"model-{i + 1:0{width}d}-of-{len(files):0{width}d}.safetensors" for i in range(len(files))]
+    number = re.fullmatch(r"model-(\d+)-of-(\d+)", files[0].stem)
+    count = int(number[2]) if number else len(files)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(min(count, MOST_FILES))]
     if [file.name for file in files] != names:
         raise InputError(f"{folder}: expected {names[0]} to {names[-1]}, found {quote([file.name for file in files])}")
     return files

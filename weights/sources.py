@@ -192,8 +192,9 @@ def _for_all_layers(key: str, value: Any) -> Any:
 def _gguf_rope(own: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> dict[str, Any]:
     """rope_parameters of a GGUF file; without a type, llama.cpp takes a factor as a linear one."""
     rope = {name: own[key] for key, name in GGUF_ROPE.items() if key in own}
-    rope.setdefault("factor", own.get("rope.scale_linear"))
-    rope.setdefault("rope_type", "linear" if rope["factor"] not in (None, 0, 1) else "none")
+    if "rope.scale_linear" in own:
+        rope.setdefault("factor", own["rope.scale_linear"])
+    rope.setdefault("rope_type", "linear" if rope.get("factor") not in (None, 0, 1) else "none")
     scale = own.get("rope.scaling.attn_factor")
     long, short = (tensors.get(f"rope_factors_{name}.weight") for name in ("long", "short"))
     if long and short:
