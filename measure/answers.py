@@ -8,6 +8,7 @@ stands there already would help to find itself.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from attention.sharding import jit, on_first_device
 from kascade_core import ANCHOR, REUSE, attended_tiles, mean_density, tile_count
 from llama_model import Decoded, Decoder, KVCache, LlamaModel
-from measure.decoding import CACHE_DTYPE, cache_size, check_cache_fits, step_densities
+from measure.decoding import CACHE_DTYPE, check_cache_fits, step_densities
 from measure.tasks import ANSWER_ROOM, CANDIDATES, Ids, Item, Task
 from report.results import PROMPT, QUESTION, Answers, TaskRow
 
@@ -48,7 +49,8 @@ class Answerer:
         self.models, self.params, self.length, self.mesh = models, params, length, mesh
         device = mesh.devices.flat[0]
         self.dtype = jnp.dtype(CACHE_DTYPE.get(device.platform, models[DENSE_ARM].dtype))
-        self.size = cache_size(models[DENSE_ARM], length + ANSWER_ROOM)
+        tile_size = math.lcm(*(model.selection.tile_size for model in models.values()))
+        self.size = tile_count(length + ANSWER_ROOM, tile_size) * tile_size
         check_cache_fits(models[DENSE_ARM], CANDIDATES, self.size, self.dtype, device)
         self.step_params = on_first_device(params, mesh)
         ids_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)

@@ -14,12 +14,12 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 
-from errors import InputError
+from errors import InputError, UnsupportedError
 from measure.settings import FILLER_TEXT, FWE, NIAH_MULTIKEY, NIAH_SINGLE, VT, Settings
 from measure.texts import read_tokens
 from weights.tokenizers import TextTokenizer
 
-ANSWER_ROOM = 32  # tokens kept free after a prompt, so that prompts of all tasks have one length
+ANSWER_ROOM = 48  # tokens kept free after a prompt, so that prompts of all tasks have one length
 CANDIDATES = 8  # answers whose likelihoods are compared, the right one among them
 Ids = tuple[int, ...]
 
@@ -87,6 +87,7 @@ def make_tasks(tokenizer: TextTokenizer, settings: Settings) -> list[Task]:
 
     Raises:
       InputError: `task_len` is below what a task needs, or the text is too short for the filler.
+      UnsupportedError: the tokenizer makes an answer longer than ANSWER_ROOM.
     """
     return [_make_task(name, tokenizer, settings) for name in settings.tasks]
 
@@ -95,15 +96,18 @@ def _make_task(name: str, tokenizer: TextTokenizer, settings: Settings) -> Task:
     with_filler = name in (NIAH_SINGLE, VT)
     of_text = with_filler and settings.task_filler == FILLER_TEXT
     filler = _text_sentences(tokenizer, settings) if of_text else [_sentence(tokenizer, s) for s in NOISE]
-    length, seed = settings.task_len - ANSWER_ROOM, f"{name} {settings.task_len}"
+    length = settings.task_len - ANSWER_ROOM
     draft = {NIAH_SINGLE: _niah_single, NIAH_MULTIKEY: _niah_multikey, VT: _variables, FWE: _frequent_words}[name]
     drafts = []
     for i in range(settings.task_n):
-        rng = random.Random(f"{seed} {i}")  # not of the whole run: item i is the same for every task_n
+        rng = random.Random(f"{name} {i}")  # item i asks the same for every task_n and task_len
         start = rng.randrange(len(filler))
         drafts.append(draft(rng, tokenizer, filler[start:] + filler[:start], settings.task_len))
     _check_length(name, tokenizer, drafts, settings.task_len)
     items = tuple(_fill(draft, tokenizer, filler, length) for draft in drafts)
+    longest = max(len(ids) for item in items for ids in item.candidates)
+    if longest > ANSWER_ROOM:
+        raise UnsupportedError(f"{name}: an answer is {longest} tokens long with this tokenizer, above {ANSWER_ROOM}")
     return Task(name, settings.task_filler if with_filler else None, items)
 
 
