@@ -317,11 +317,11 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None
     if field.type == "bool":
         parser.add_argument(f"--{field.name}", action="store_true", help=help_text)
         return
-    default = f"{field.default}" if isinstance(field.default, (int, float, str)) else ""
+    if isinstance(field.default, (int, float, str)):
+        help_text += f" ({field.default})"
     if field.name in LEAST:
-        default = ", ".join(filter(None, (default, f"at least {LEAST[field.name]}")))
-    if default:
-        help_text += f" ({default})"
+        what, bracket, default = help_text.rpartition(" (")
+        help_text = f"{what}, at least {LEAST[field.name]}{bracket}{default}"
     kind, metavar = FLAG_TYPES[field.type.removesuffix(" | None")]
     choices = field.metadata.get("choices")
     metavar = None if choices else field.metadata.get("metavar") or metavar
