@@ -82,7 +82,9 @@ class Settings:
         (UNIFORM, PER_LAYER, PER_HEAD),
     )
     max_degradation: float | None = _flag(
-        None, "search for the lowest density that costs less than this, above 0, on the calibration text", metavar="PERCENT"
+        None,
+        "search for the lowest density that costs less than this, above 0, on the calibration text",
+        metavar="PERCENT",
     )
     save_schedule: Path | None = _flag(None, "write the schedule to FILE", metavar="FILE")
     load_schedule: Path | None = _flag(
@@ -119,15 +121,16 @@ class Settings:
     prefill: str = _flag("sparse", "what fills the cache that the sparse arm decodes with", ("sparse", "dense"))
     depths: tuple[int, ...] | None = _flag(
         None,
-        "time decoding at these depths, at least 1, on caches of random keys (512,2048,8192 up to the model's context; none with "
-        "--decode 0)",
+        "time decoding at these depths, at least 1, on caches of random keys (512,2048,8192 up to the model's context; "
+        "none with --decode 0)",
         metavar="N,N,...",
     )
     generate: int = _flag(0, "print the greedy continuation of the first test window by both arms, N tokens")
     json: Path | None = _flag(None, "write everything that was measured to FILE", metavar="FILE")
     sweep: tuple[int, ...] = _flag(
         (),
-        "also time these lengths, at least query_tile and 2, with the run's schedule and the tested tokens, repeated where too few",
+        "also time these lengths, at least query_tile and 2, with the run's schedule and the tested tokens, repeated "
+        "where too few",
         metavar="N,N,...",
     )
     long_ppl: bool = _flag(

@@ -279,7 +279,8 @@ def advice(quality: Quality, settings: Any) -> str:
     tiles = " --tile_size 8 --query_tile 8" if settings.device == "cpu" else ""
     return (
         f"   Try --scheduler search{tiles} --density {density:.2f}\n"
-        f"   ({density:.0%} of the tiles in sparse layers, {quality.sparse_density:.0%} now), which probably loses about {SUCCESS_PCT / 2:.0f}%."
+        f"   ({density:.0%} of the tiles in sparse layers, {quality.sparse_density:.0%} now), "
+        f"which probably loses about {SUCCESS_PCT / 2:.0f}%."
         if density < 1
         else "   Try a larger --top_k or --density: nearly every tile is needed here."
     )
