@@ -37,6 +37,14 @@ SHORT_CONTEXT = 512  # tokens of context that long_ppl takes for a short one
 LIMIT_WINDOWS = (3, 8)  # of the calibration text with max_degradation: at least one to fit and two to check on
 
 
+LEAST = {  # of the flags that are whole numbers; those of a selection check themselves
+    **dict.fromkeys(("tile_size", "top_k", "query_tile"), 1),
+    **dict.fromkeys(("sink_tiles", "local_tiles", "min_tiles", "decode", "generate"), 0),
+    **dict.fromkeys(("max_reuse_dist", "anchors", "n_runs", "windows", "calib_windows", "batch", "task_len", "task_n"), 1),
+    "seq_len": 2,
+}
+
+
 def _flag(default: Any, help: str, choices: Sequence[str] | None = None, metavar: str | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
@@ -81,7 +89,9 @@ class Settings:
         (UNIFORM, PER_LAYER, PER_HEAD),
     )
     max_degradation: float | None = _flag(
-        None, "search for the lowest density that costs less than this on the calibration text", metavar="PERCENT"
+        None,
+        "search for the lowest density that costs less than this, above 0, on the calibration text",
+        metavar="PERCENT",
     )
     save_schedule: Path | None = _flag(None, "write the schedule to FILE", metavar="FILE")
     load_schedule: Path | None = _flag(
@@ -94,7 +104,7 @@ class Settings:
     calib_text: Path | None = _flag(
         None, "UTF-8 text to calibrate on (the tokens of --text before the tested ones)", metavar="FILE"
     )
-    seq_len: int = _flag(512, "tokens in each window, at least 2")
+    seq_len: int = _flag(512, "tokens in each window")
     windows: int | None = _flag(
         None, f"windows to test on, one after another ({DEFAULT_WINDOWS}, or as many as the text holds)"
     )
@@ -118,15 +128,16 @@ class Settings:
     prefill: str = _flag("sparse", "what fills the cache that the sparse arm decodes with", ("sparse", "dense"))
     depths: tuple[int, ...] | None = _flag(
         None,
-        "time decoding at these depths, on caches of random keys (512,2048,8192 up to the model's context; none with "
-        "--decode 0)",
+        "time decoding at these depths, at least 1, on caches of random keys (512,2048,8192 up to the model's context; "
+        "none with --decode 0)",
         metavar="N,N,...",
     )
     generate: int = _flag(0, "print the greedy continuation of the first test window by both arms, N tokens")
     json: Path | None = _flag(None, "write everything that was measured to FILE", metavar="FILE")
     sweep: tuple[int, ...] = _flag(
         (),
-        "also time these lengths, with the run's schedule and the tested tokens, repeated where too few",
+        "also time these lengths, at least query_tile and 2, with the run's schedule and the tested tokens, repeated "
+        "where too few",
         metavar="N,N,...",
     )
     densities: tuple[float, ...] = _flag(
@@ -196,25 +207,11 @@ class Settings:
             object.__setattr__(self, name, value)
 
     def _check_ranges(self) -> None:
-        at_least_one = (
-            "max_reuse_dist",
-            "anchors",
-            "n_runs",
-            "windows",
-            "calib_windows",
-            "batch",
-            "task_len",
-            "task_n",
-        )
-        for name, least in (*((name, 1) for name in at_least_one), ("seq_len", 2)):
-            value = getattr(self, name)
+        for name in LEAST.keys() - selection_flags():
+            value, least = getattr(self, name), LEAST[name]
             if value is not None and not least <= value <= MOST_TOKENS:
-                raise InputError(f"{name} must be at least {least} and below 2^31, got {quote(value)}")
-        for name in ("decode", "generate"):
-            if not 0 <= (getattr(self, name) or 0) <= MOST_TOKENS:
-                raise InputError(
-                    f"{name} must be 0 (for none) or more, and below 2^31, got {quote(getattr(self, name))}"
-                )
+                where = f"at least {least}" if least else "0 (for none) or more,"
+                raise InputError(f"{name} must be {where} and below 2^31, got {quote(value)}")
         if self.depths and not 1 <= min(self.depths) <= max(self.depths) <= MOST_TOKENS:
             raise InputError(f"depths must be at least 1 and below 2^31, got {quote(self.depths)}")
         if self.densities and not 0 < min(self.densities) <= max(self.densities) <= 1:
@@ -386,6 +383,9 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None
         return
     if isinstance(field.default, (int, float, str)):
         help_text += f" ({field.default})"
+    if field.name in LEAST:
+        what, bracket, default = help_text.rpartition(" (")
+        help_text = f"{what}, at least {LEAST[field.name]}{bracket}{default}"
     kind, metavar = FLAG_TYPES[field.type.removesuffix(" | None")]
     choices = field.metadata.get("choices")
     metavar = None if choices else field.metadata.get("metavar") or metavar

@@ -169,7 +169,8 @@ def strip(plans: Sequence[LayerPlan], per_row: int = 12) -> str:
 def chosen_tiles(layer: int, tiles_BKQC: np.ndarray) -> str:
     """An anchor's tiles for head 0 and the last query tile, the only one that sees every key tile."""
     tiles = tiles_BKQC[0, 0, -1]
-    return f"  [Anchor L{layer}] Selected Top-{tiles.size} Tiles (Head 0): {np.sort(tiles[tiles != NO_TILE])}"
+    numbers = " ".join(map(str, np.sort(tiles[tiles != NO_TILE])))
+    return f"  [Anchor L{layer}] Selected Top-{tiles.size} Tiles (Head 0): [{numbers}]"
 
 
 def sparse_layers(
@@ -280,8 +281,9 @@ def advice(quality: Quality, settings: Any) -> str:
     density = quality.advised_density(searched=settings.scheduler == "search")
     tiles = " --tile_size 8 --query_tile 8" if settings.device == "cpu" else ""
     return (
-        f"   Try --scheduler search{tiles} --density {density:.2f} ({density:.0%} of the tiles\n"
-        f"   in sparse layers, {quality.sparse_density:.0%} now), which probably loses about {SUCCESS_PCT / 2:.0f}%."
+        f"   Try --scheduler search{tiles} --density {density:.2f}\n"
+        f"   ({density:.0%} of the tiles in sparse layers, {quality.sparse_density:.0%} now), "
+        f"which probably loses about {SUCCESS_PCT / 2:.0f}%."
         if density < 1
         else "   Try a larger --top_k or --density: nearly every tile is needed here."
     )

@@ -164,7 +164,7 @@ def test_help_names_every_flag(capsys):
     text = capsys.readouterr().out
     assert "What it is." in text
     assert all(f"--{name} " in text or f"--{name}\n" in text for name in FLAGS)
-    assert "tokens in a key tile (16)" in text
+    assert "tokens in a key tile, at least 1 (16)" in text
 
 
 def test_a_home_folder_is_expanded(monkeypatch, tmp_path):
