@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import convert_weights
 from attention.sharding import make_mesh
@@ -41,7 +42,9 @@ from kascade_core import (
     tile_count,
 )
 from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
+from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, measure_task, oracle_of
 from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depths
+from measure.densities import map_tiles, measure_density
 from measure.layerwise import Calibration
 from measure.machine import (
     configure_device,
@@ -52,11 +55,13 @@ from measure.machine import (
     time_interleaved,
 )
 from measure.quality import compare, long_context_loss, run_windows
+from measure.resume import earlier_rows, measure_rows, save_partly
 from measure.schedules import find_schedule, load_schedule, save_schedule
 from measure.settings import Settings
-from measure.texts import Windows, load_windows
+from measure.tasks import ANSWER_ROOM, Task, make_tasks
+from measure.texts import Windows, hash_of, load_windows
 from measure.timing import compile_attention, measure_length
-from report import console
+from report import console, tables
 from report.results import (
     Decoding,
     DepthRow,
@@ -66,9 +71,12 @@ from report.results import (
     Model,
     Quality,
     Results,
+    TaskRow,
+    TextUsed,
     Timing,
     is_stdout,
     write_json,
+    write_text,
 )
 from weights.fields import reading
 from weights.folder import DEFAULT_WEIGHTS, Manifest, read_manifest
@@ -84,11 +92,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     with exit_on_bad_input(settings.debug):
         with beside:  # the report alone goes to the standard output where it is asked for there
             results = run(settings, list(sys.argv[1:] if argv is None else argv))
-        if settings.json:
-            write_json(settings.json, results.to_json())
-            if not (settings.quiet or is_stdout(settings.json)):
-                show(f"\n📝 Report written to {settings.json}")
+        write_outputs(settings, results)
     return 0
+
+
+def write_outputs(settings: Settings, results: Results) -> None:
+    """The report in every form that was asked for."""
+    report = results.to_json()
+    if settings.json:
+        write_json(settings.json, report)
+    if settings.html:
+        from report import html  # jinja2 and matplotlib, which a run without a page need not load
+
+        write_text(settings.html, html.page(report))
+    if settings.csv:
+        tables.append_csv(settings.csv, tables.measurements(report))
+    if settings.markdown:
+        tables.append_markdown(settings.markdown, tables.measurements(report))
+    if not (settings.quiet or is_stdout(settings.json)):
+        for path in filter(None, (settings.json, settings.html, settings.csv, settings.markdown)):
+            show(f"\n📝 Report written to {path}")
 
 
 def run(settings: Settings, command: Sequence[str]) -> Results:
@@ -120,6 +143,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     windows = load_windows(tokenizer, settings, manifest.config.vocab_size, calibrated_on)
     describe_windows(windows, settings, say)
     settings = settings_as_run(settings, windows)
+    tasks = make_tasks(tokenizer, settings)
 
     model_dense = LlamaModel(manifest.config, None, settings.selection, dtype=dtype, kernel=settings.kernel)
     limit_check = None
@@ -156,7 +180,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         tile_size = settings.selection.tile_size
         say(console.sparse_layers(model_sparse.schedule, attended, tile_size, settings.seq_len))
     compared = compare(model_dense, params, windows.test, dense_outputs, sparse_outputs, mesh)
-    quality = Quality(compared, [density_of(tiles) for tiles in attended.values()])
+    quality = Quality(compared, [density_of(tiles, model_sparse.selection) for tiles in attended.values()])
     show("\n" + console.quality(quality, settings))
     long_context = None
     if settings.long_ppl:
@@ -174,39 +198,74 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     samples = time_interleaved(runs, settings.n_runs)
     timing = Timing(samples["dense"], samples["sparse"], dense.seconds, sparse.seconds)
     meaning = console.describe_timing(settings, machine)
-    show(console.timing(timing, f"{meaning}; {settings.seq_len} tokens, density {quality.density:.2%}"))
+    show(console.timing(timing, f"{meaning}; {settings.seq_len} tokens,\n    density {quality.density:.2%}"))
     attention_ms = time_interleaved(compile_attention(model_dense, settings.seq_len, mesh), settings.n_runs)
     show("\n" + console.attention_alone(attention_ms))
 
-    rows = []
-    if settings.sweep:
-        show("\n" + console.sweep_header(meaning))
-        for length in settings.sweep:
-            models = {"dense": model_dense, "sparse": model_sparse}
-            rows.append(measure_length(models, params, test_ids, length, mesh, settings.n_runs))
-            show(console.sweep_row(rows[-1]))
-        show(console.sweep_break_even(rows))
+    task_rows = []
+    if tasks:
+        show("\n" + console.tasks_header(settings))
+        task_rows = run_tasks(model_dense, model_sparse, params, tasks, mesh)
+        show(console.tasks_power(task_rows))
 
-    arms = Arms(model_dense, model_sparse, {"dense": dense, "sparse": sparse}, params, mesh)
-    decoding, depths, generated = decode(arms, windows, settings, tokenizer)
-
-    return Results(
+    results = Results(
         settings=dataclasses.replace(settings, weights_dir=weights_dir),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command,
         model=model,
         machine=machine,
         prefix=windows.prefix,
-        schedule=[Layer(plan, density_of(attended[i])) for i, plan in enumerate(model_sparse.schedule)],
+        schedule=[
+            Layer(plan, density_of(attended[i], model_sparse.selection)) for i, plan in enumerate(model_sparse.schedule)
+        ],
         limit_check=limit_check,
         quality=quality,
         timing=timing,
         attention_ms=attention_ms,
-        sweep=rows,
         long_context=long_context,
+        texts=texts_used(windows, settings),
+        similarity_LL=None if settings.load_schedule else calibration.similarity_LL,
+    )
+    if settings.html:
+        maps = map_tiles(model_dense, params, test_ids, model_sparse.schedule, attended, mesh)
+        results = dataclasses.replace(results, tile_maps=maps)
+    sweep_earlier, densities_earlier = earlier_rows(settings.json, results)
+
+    def finished(rows: list[Any], was_there: bool, field: str, line: Callable[[Any], str]) -> None:
+        show(line(rows[-1]) + was_there * f"  (from {settings.json})")
+        save_partly(settings.json, dataclasses.replace(results, **{field: rows}))
+
+    if settings.densities:
+        show("\n" + console.densities_header(settings))
+        measure_one = partial(
+            measure_density,
+            settings=settings,
+            calibration=calibration,
+            dense=dense,
+            dense_outputs=dense_outputs,
+            windows=windows.test,
+        )
+        finish = partial(finished, field="densities", line=console.density_row)
+        rows = measure_rows(settings.densities, densities_earlier, measure_one, finish)
+        results = dataclasses.replace(results, densities=rows)
+    if settings.sweep:
+        show("\n" + console.sweep_header(meaning))
+        models = {"dense": model_dense, "sparse": model_sparse}
+        measure_one = partial(measure_length, models, params, test_ids, mesh=mesh, n_runs=settings.n_runs)
+        finish = partial(finished, field="sweep", line=console.sweep_row)
+        rows = measure_rows(settings.sweep, sweep_earlier, measure_one, finish)
+        results = dataclasses.replace(results, sweep=rows)
+        show(console.sweep_break_even(rows))
+
+    arms = Arms(model_dense, model_sparse, {"dense": dense, "sparse": sparse}, params, mesh)
+    decoding, depths, generated = decode(arms, windows, settings, tokenizer)
+
+    return dataclasses.replace(
+        results,
         decoding=decoding,
         depths=depths,
         generated=generated,
+        tasks=task_rows,
         peak_memory_bytes=peak_memory(devices[0]),
     )
 
@@ -234,6 +293,19 @@ def decode(
     return decoding, depths, generated
 
 
+def run_tasks(dense: LlamaModel, sparse: LlamaModel, params: Any, tasks: Sequence[Task], mesh: Mesh) -> list[TaskRow]:
+    """The part of the run that answers questions; each row is printed as it comes."""
+    length = len(tasks[0].items[0].prompt)
+    warn_beyond_context(length + ANSWER_ROOM, dense.config)
+    models = {DENSE_ARM: dense, SPARSE_ARM: sparse, ORACLE_ARM: oracle_of(sparse)}
+    answerer, rows = Answerer(models, params, length, mesh), []
+    for task in tasks:
+        for row in measure_task(answerer, task, length + ANSWER_ROOM):
+            show(console.task_row(row))
+            rows.append(row)
+    return rows
+
+
 # --- The steps' details ---
 
 
@@ -245,6 +317,15 @@ def settings_as_run(settings: Settings, windows: Windows) -> Settings:
         calib_windows=len(windows.calibration) or None,
         decode=windows.following[0].size - 1 if windows.following else 0,
     )
+
+
+def texts_used(windows: Windows, settings: Settings) -> dict[str, TextUsed]:
+    """Which windows calibrated and which were tested."""
+    parts = {"calibration": (settings.calib_text or settings.text, windows.calibration)}
+    parts |= {"test": (settings.text, windows.test)}
+    return {
+        role: TextUsed(path.name, len(ids), ids[0].size, hash_of(ids)) for role, (path, ids) in parts.items() if ids
+    }
 
 
 def find_weights(settings: Settings, say: Say) -> tuple[Path, Manifest]:

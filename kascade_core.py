@@ -47,6 +47,14 @@ def tile_count(length: int, tile_size: int) -> int:
     return -(-length // tile_size)
 
 
+def visible(row: Any, key: Any, window: int | None) -> Any:
+    """Whether a row attends to a key at all: one at most at its own place, within a sliding window if there is one.
+
+    A window counts the row's own key, as in Mistral (arXiv 2310.06825).
+    """
+    return key <= row if window is None else (key <= row) & (key > row - window)
+
+
 def _flag(default: Any, help: str) -> Any:
     """A field that is also a flag of the command line, with its help."""
     return dataclasses.field(default=default, metadata={"help": help})
@@ -75,6 +83,7 @@ class Selection:
         None, "tokens that share one choice of tiles, a multiple or divisor of tile_size (tile_size)"
     )
     anchor_scoring: str = _flag(EXACT, f"anchors score all rows of a query tile (exact), or {FAST_ROWS} of them (fast)")
+    window: int | None = None  # the model's sliding window, tokens, which `LlamaModel` fills in; no flag
 
     def __post_init__(self) -> None:
         self._resolve_defaults()
@@ -125,6 +134,10 @@ class Selection:
         """Key tiles that every query tile keeps whatever their mass, as far as it sees them."""
         return self.own_tiles + self.sink_tiles + self.local_tiles
 
+    def first_seen(self, first_row: Any) -> Any:
+        """The first key tile that a query tile sees which begins at this row; its first row looks back furthest."""
+        return 0 * first_row if self.window is None else (first_row - self.window + 1).clip(0) // self.tile_size
+
     def slots(self, num_key_tiles: int) -> int:
         """C: key tiles that a query tile keeps at most."""
         if self.density is None:
@@ -147,7 +160,7 @@ class Selection:
 
 
 def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: jax.Array | None = None) -> jax.Array:
-    """Keeps the best causal key tiles of each query tile within the selection's budget.
+    """Keeps the best causal key tiles of each query tile, within the selection's window and budget.
 
     Args:
       scores_BKQP: float, attention mass of each key tile, pooled over a query tile's rows and a KV head's query heads;
@@ -163,8 +176,9 @@ def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: ja
     first_row_Q1 = (jnp.arange(Q) if query_tiles_Q is None else query_tiles_Q)[:, None] * selection.query_tile
     tile_1P = jnp.arange(P)[None]
     start_1P = tile_1P * selection.tile_size
-    past_QP = start_1P + selection.tile_size <= first_row_Q1
-    seen_QP = start_1P < first_row_Q1 + selection.query_tile
+    first_Q1 = selection.first_seen(first_row_Q1)
+    past_QP = (start_1P + selection.tile_size <= first_row_Q1) & (tile_1P >= first_Q1)
+    seen_QP = (start_1P < first_row_Q1 + selection.query_tile) & (tile_1P >= first_Q1)
     near_QP = start_1P + (selection.local_tiles + 1) * selection.tile_size > first_row_Q1
     most = jnp.finfo(scores_BKQP.dtype).max
     scores_ZQP = scores_BKQP.reshape(-1, Q, P)
@@ -172,6 +186,7 @@ def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: ja
     own_QP = jnp.where(seen_QP, jnp.inf, -jnp.inf)  # own tiles come first, later ones last
     _, tiles_ZQC = jax.lax.top_k(jnp.where(past_QP[None], scores_ZQP, own_QP[None]), selection.slots(P))
     kept_ZQC = tiles_ZQC * selection.tile_size < (first_row_Q1 + selection.query_tile)[None]
+    kept_ZQC &= tiles_ZQC >= first_Q1[None]
     if selection.density is not None:
         seen_Q1 = seen_QP.sum(-1, keepdims=True, dtype=jnp.float32)
         share_Q1 = jnp.ceil(selection.density * seen_Q1 - 1e-4).astype(jnp.int32)
@@ -187,17 +202,21 @@ def cut_tiles(tiles_BKQC: jax.Array, budgets: Sequence[int]) -> jax.Array:
     return jnp.where(kept_1K1C, tiles_BKQC[..., : slots_C.size], NO_TILE)
 
 
-def seen_tiles(tiles_BKQC: np.ndarray) -> np.ndarray:
-    """int [B, K, Q]: how many key tiles each query tile could choose from; its own are the last, and always chosen."""
+def seen_tiles(tiles_BKQC: np.ndarray, selection: Selection | None = None) -> np.ndarray:
+    """int [B, K, Q]: how many key tiles each query tile could choose from; its own are the last, and always chosen.
+
+    Without the selection that made them, as if it had no window.
+    """
     tiles_BKQC = np.asarray(tiles_BKQC)
-    return np.where(tiles_BKQC == NO_TILE, -1, tiles_BKQC).max(axis=-1) + 1
+    seen_BKQ = np.where(tiles_BKQC == NO_TILE, -1, tiles_BKQC).max(axis=-1) + 1
+    return seen_BKQ - (selection.first_seen(np.arange(seen_BKQ.shape[-1]) * selection.query_tile) if selection else 0)
 
 
-def density_of(tiles_BKQC: np.ndarray | None) -> float:
-    """Counted causal density: attended (query tile, key tile) pairs / causal pairs, over all heads; None is dense."""
+def density_of(tiles_BKQC: np.ndarray | None, selection: Selection | None = None) -> float:
+    """Counted density: attended (query tile, key tile) pairs / seen pairs, over all heads; None is dense."""
     if tiles_BKQC is None:
         return 1.0
-    return np.count_nonzero(np.asarray(tiles_BKQC) != NO_TILE) / int(seen_tiles(tiles_BKQC).sum())
+    return np.count_nonzero(np.asarray(tiles_BKQC) != NO_TILE) / int(seen_tiles(tiles_BKQC, selection).sum())
 
 
 def density_of_step(tiles_BNKC: np.ndarray, seen_N: np.ndarray) -> float:
@@ -207,9 +226,9 @@ def density_of_step(tiles_BNKC: np.ndarray, seen_N: np.ndarray) -> float:
     return np.count_nonzero(tiles_BNKC != NO_TILE) / (B * K * int(seen_N.sum()))
 
 
-def mean_density(attended: Mapping[int, np.ndarray | None]) -> float:
-    """Counted causal density of a whole forward: the mean over its layers, given what each attended to."""
-    return float(np.mean([density_of(tiles) for tiles in attended.values()]))
+def mean_density(attended: Mapping[int, np.ndarray | None], selection: Selection | None = None) -> float:
+    """Counted density of a whole forward: the mean over its layers, given what each attended to."""
+    return float(np.mean([density_of(tiles, selection) for tiles in attended.values()]))
 
 
 def membership(tiles_BKQC: np.ndarray, num_key_tiles: int) -> np.ndarray:

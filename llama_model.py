@@ -34,7 +34,15 @@ from attention.sharding import (
 )
 from attention.xla import matmul
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection, freeze_schedule, tile_count
-from weights.config import EMBEDDINGS_CHUNK, LlamaConfig, RopeScaling, chunk_shapes, layer_chunk, rope_frequencies
+from weights.config import (
+    EMBEDDINGS_CHUNK,
+    LlamaConfig,
+    RopeFactors,
+    RopeScaling,
+    chunk_shapes,
+    layer_chunk,
+    rope_frequencies,
+)
 from weights.folder import Manifest, read_chunks
 
 __all__ = ["Forward", "LlamaConfig", "LlamaModel", "RopeScaling", "count_parameters", "load_weights"]
@@ -96,15 +104,26 @@ MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F column
 _matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
-def rope_table(config: LlamaConfig, positions_BT: jax.Array) -> Rope:
-    """Cos and sin of every position's angles (RoPE, arXiv 2104.09864)."""
-    frequencies = jnp.asarray(rope_frequencies(config), jnp.float32)
-    angles = positions_BT.astype(jnp.float32)[..., None, None] * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+def rope_table(config: LlamaConfig, positions_BT: jax.Array, length: jax.Array | int = 0) -> Rope:
+    """Cos and sin of every position's angles (RoPE, arXiv 2104.09864), times the scaling's attention factor.
+
+    `length` is that of the sequence so far, for all sequences or for each: it says which of LongRoPE's factors apply.
+    """
+    scaling, scale = config.rope_scaling, 1.0
+    frequencies = jnp.asarray(rope_frequencies(config), jnp.float32)[None, None]
+    if isinstance(scaling, RopeFactors):
+        scale = scaling.attention_factor
+        long_frequencies = jnp.asarray(rope_frequencies(config, long=True), jnp.float32)[None, None]
+        is_long = jnp.asarray(length).reshape(-1, 1, 1) > (scaling.original_max_position_embeddings or 0)
+        frequencies = jnp.where(is_long, long_frequencies, frequencies)
+    angles = (positions_BT.astype(jnp.float32)[..., None] * frequencies)[:, :, None]
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def apply_rope(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates the pairs (i, i + H / 2), Hugging Face's order, in float32."""
+def apply_rope(x_BTNH: jax.Array, rope: Rope | None) -> jax.Array:
+    """Rotates the pairs (i, i + H / 2), Hugging Face's order, in float32; None leaves them as they are."""
+    if rope is None:
+        return x_BTNH
     cos, sin = rope
     low, high = jnp.split(x_BTNH, 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
@@ -113,7 +132,8 @@ def apply_rope(x_BTNH: jax.Array, rope: Rope) -> jax.Array:
 def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     """X / sqrt(mean(x^2) + eps) * weight, in float32 (arXiv 1910.07467)."""
     x_BTD = x_BTD.astype(jnp.float32)
-    return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True) + eps) * weight_D[None, None]
+    weight = weight_D.reshape((1,) * (x_BTD.ndim - 1) + (-1,))
+    return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True) + eps) * weight
 
 
 def _linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any) -> jax.Array:
@@ -135,20 +155,27 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         for name, shape in chunk_shapes(self.config)[layer_chunk(0)]["attention"].items():
-            setattr(self, name, self.param(name, _matrix_init, shape))
+            setattr(self, name, self.param(name, _matrix_init if len(shape) == 2 else nn.initializers.ones, shape))
 
-    def project(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q_BTNH, k_BTKH and v_BTKH of these tokens, q and k after RoPE."""
-        q_BTNH = apply_rope(self._heads(x_BTD, self.wq), rope).astype(self.dtype)
-        k_BTKH = apply_rope(self._heads(x_BTD, self.wk), rope).astype(self.dtype)
-        return q_BTNH, k_BTKH, self._heads(x_BTD, self.wv).astype(self.dtype)
+    def project(self, x_BTD: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q_BTNH, k_BTKH and v_BTKH of these tokens, q and k after RoPE, if the layer has it."""
+        q_BTNH, k_BTKH, v_BTKH = (self._heads(x_BTD, name) for name in "qkv")
+        if self.config.qk_norm:
+            q_BTNH = rms_norm(q_BTNH, self.q_norm, self.config.rms_norm_eps)
+            k_BTKH = rms_norm(k_BTKH, self.k_norm, self.config.rms_norm_eps)
+        q_BTNH, k_BTKH = (apply_rope(x, rope).astype(self.dtype) for x in (q_BTNH, k_BTKH))
+        return q_BTNH, k_BTKH, v_BTKH.astype(self.dtype)
 
     def output(self, out_BTNH: jax.Array) -> jax.Array:
         """The heads' results, projected back to [B, T, D], float32."""
-        return _linear(out_BTNH.reshape(*out_BTNH.shape[:2], -1), self.wo, self.dtype)
+        return self._linear(out_BTNH.reshape(*out_BTNH.shape[:2], -1), "o", self.config.output_bias)
 
-    def _heads(self, x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
-        return _linear(x_BTD, w_DF, self.dtype).reshape(*x_BTD.shape[:2], -1, self.config.head_dim)
+    def _heads(self, x_BTD: jax.Array, name: str) -> jax.Array:
+        return self._linear(x_BTD, name, self.config.qkv_bias).reshape(*x_BTD.shape[:2], -1, self.config.head_dim)
+
+    def _linear(self, x_BTD: jax.Array, name: str, bias: bool) -> jax.Array:
+        out_BTF = _linear(x_BTD, getattr(self, f"w{name}"), self.dtype)
+        return out_BTF + getattr(self, f"b{name}")[None, None] if bias else out_BTF
 
 
 class FeedForward(nn.Module):
@@ -210,7 +237,7 @@ class Block(nn.Module):
         if self.plan.mode == ANCHOR or self.calibrate:
             chosen_BKQC = attention.choose(q_BTNH, k_BKHS, selection=self._selection(), **sizes)
         if self.plan.mode == DENSE:
-            out_BTNH = attention.dense(q_BTNH, k_BKHS, v_BKSH, **sizes)
+            out_BTNH = attention.dense(q_BTNH, k_BKHS, v_BKSH, window=self.selection.window, **sizes)
         else:
             tiles_BKQC = self.plan.attended(chosen_BKQC) if self.plan.mode == ANCHOR else tiles_BKQC
             sizes |= {"selection": self.selection, "budgets": self.plan.budgets}
@@ -235,7 +262,7 @@ class Block(nn.Module):
         elif self.plan.mode == REUSE:
             out_BNH = decode.reuse_step(q_BNH, k_ZSH, v_ZSH, positions_B, tiles_BK1C, self.selection)
         else:
-            out_BNH = decode.dense_step(q_BNH, k_ZSH, v_ZSH, positions_B)
+            out_BNH = decode.dense_step(q_BNH, k_ZSH, v_ZSH, positions_B, self.selection.window)
         return x_B1D + self.attention.output(out_BNH[:, None]), chosen_BK1C, (k_ZSH, v_ZSH)
 
     def feed(self, x_BTD: jax.Array) -> jax.Array:
@@ -334,6 +361,7 @@ class LlamaModel(nn.Module):
 
     def __post_init__(self) -> None:
         config = self.config
+        self.selection = dataclasses.replace(self.selection, window=config.sliding_window)
         self.schedule = freeze_schedule(self.schedule, config.num_hidden_layers, config.num_key_value_heads)
         super().__post_init__()
 
@@ -360,13 +388,14 @@ class LlamaModel(nn.Module):
 
         Keys and values are each layer's (k_BTKH, v_BTKH) of this shard's tokens.
         """
-        rope = rope_table(self.config, layout.local_positions()[None])
+        rope = rope_table(self.config, layout.local_positions()[None], layout.length)
         x_BTD = self._embed(ids_BT)
         tiles_by_layer: dict[int, jax.Array] = {}
         keys_values = []
         for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
             tiles_BKQC = None if plan.anchor is None else plan.attended(tiles_by_layer[plan.anchor])
-            x_BTD, chosen_BKQC, layer_keys_values = block.attend(x_BTD, rope, tiles_BKQC, layout)
+            layer_rope = None if i in self.config.no_rope_layers else rope
+            x_BTD, chosen_BKQC, layer_keys_values = block.attend(x_BTD, layer_rope, tiles_BKQC, layout)
             x_BTD = block.feed(x_BTD)
             keys_values.append(layer_keys_values)
             if chosen_BKQC is not None:
@@ -377,13 +406,14 @@ class LlamaModel(nn.Module):
         self, ids_B: jax.Array, positions_B: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, dict[int, jax.Array], KVCache]:
         """One new token a sequence: its final, normed stream x_B1D, the tiles_BK1C that anchors chose, the cache."""
-        rope = rope_table(self.config, positions_B[:, None])
+        rope = rope_table(self.config, positions_B[:, None], positions_B + 1)
         x_B1D = self._embed(ids_B[:, None])
         tiles_by_layer: dict[int, jax.Array] = {}
         layers = []
         for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
             tiles_BK1C = None if plan.anchor is None else plan.attended(tiles_by_layer[plan.anchor])
-            x_B1D, chosen_BK1C, cached = block.attend_step(x_B1D, rope, tiles_BK1C, cache.layers[i], positions_B)
+            layer_rope = None if i in self.config.no_rope_layers else rope
+            x_B1D, chosen_BK1C, cached = block.attend_step(x_B1D, layer_rope, tiles_BK1C, cache.layers[i], positions_B)
             x_B1D = block.feed(x_B1D)
             layers.append(cached)
             if chosen_BK1C is not None:
@@ -391,10 +421,12 @@ class LlamaModel(nn.Module):
         return rms_norm(x_B1D, self.norm, self.config.rms_norm_eps), tiles_by_layer, KVCache(tuple(layers))
 
     def _embed(self, ids_BT: jax.Array) -> jax.Array:
-        table_VD = self.tok_embeddings
-        if table_VD.dtype != jnp.bfloat16:
-            return table_VD[ids_BT].astype(jnp.float32)
-        # XLA's CPU gathers no bfloat16: it would make a float32 copy of the whole table. Gathered as integers.
+        """The residual stream before layer 0."""
+        if self.tok_embeddings.dtype != jnp.bfloat16:
+            return self.tok_embeddings[ids_BT].astype(jnp.float32)
+        # XLA's CPU gathers no bfloat16, and would convert the whole table: gathered as integers. The barrier ties the
+        # table to the ids, so that a loop of steps does not keep a copy of it in the other type.
+        table_VD, ids_BT = jax.lax.optimization_barrier((self.tok_embeddings, ids_BT))
         rows_BTD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[ids_BT]
         return jax.lax.bitcast_convert_type(rows_BTD, jnp.bfloat16).astype(jnp.float32)
 

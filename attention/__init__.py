@@ -62,13 +62,14 @@ def dense(
     k_BKHS: jax.Array,
     v_BKSH: jax.Array,
     *,
+    window: int | None = None,
     layout: Layout | None = None,
     kernel: str | None = None,
 ) -> jax.Array:
-    """Full causal attention, softmax(q k / sqrt(H)) v. Returns out_BTNH."""
+    """Causal attention, softmax(q k / sqrt(H)) v, to all keys or to those in a sliding window. Returns out_BTNH."""
     T, module = q_BTNH.shape[1], _module(kernel)
     layout, q_BTNH, k_BKHS, v_BKSH = _prepare(q_BTNH, k_BKHS, v_BKSH, module.LEAST_TILE, layout)
-    return module.dense(q_BTNH, k_BKHS, v_BKSH, layout)[:, :T]
+    return module.dense(q_BTNH, k_BKHS, v_BKSH, layout, window)[:, :T]
 
 
 def choose(
@@ -109,7 +110,8 @@ def reuse(
 ) -> jax.Array:
     """Causal attention to the given tiles only: those are gathered, and no other key is read. Returns out_BTNH.
 
-    Of `selection` it needs tile_size and query_tile. With `budgets`, KV head k uses only its first budgets[k] tiles.
+    Of `selection` it needs tile_size, query_tile and window. With `budgets`, KV head k uses only its first budgets[k]
+    tiles.
     """
     T, module = q_BTNH.shape[1], _module(kernel)
     expected = (*k_BKHS.shape[:2], tile_count(T, selection.query_tile))

@@ -13,10 +13,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attention.xla import matmul
-from kascade_core import EXACT, NO_TILE, Selection, select_tiles
-
-UNSEEN = -1e30  # the score of a key that is not attended to: finite, so that no difference of two is NaN
+from attention.xla import UNSEEN, matmul
+from kascade_core import EXACT, NO_TILE, Selection, select_tiles, visible
 
 
 def step_selection(selection: Selection) -> Selection:
@@ -24,9 +22,11 @@ def step_selection(selection: Selection) -> Selection:
     return dataclasses.replace(selection, query_tile=1, anchor_scoring=EXACT)
 
 
-def dense_step(q_BNH: jax.Array, k_ZSH: jax.Array, v_ZSH: jax.Array, positions_B: jax.Array) -> jax.Array:
-    """Attention to every key up to the new token's own. Returns out_BNH, float32."""
-    return _attend(_causal_scores(q_BNH, k_ZSH, positions_B), v_ZSH).reshape(q_BNH.shape)
+def dense_step(
+    q_BNH: jax.Array, k_ZSH: jax.Array, v_ZSH: jax.Array, positions_B: jax.Array, window: int | None = None
+) -> jax.Array:
+    """Attention to every key up to the new token's own, within the window. Returns out_BNH, float32."""
+    return _attend(_causal_scores(q_BNH, k_ZSH, positions_B, window), v_ZSH).reshape(q_BNH.shape)
 
 
 def choose_step(
@@ -39,7 +39,7 @@ def choose_step(
       `anchor_step` attends without reading a key twice.
     """
     (Z, S, _), B, M = k_ZSH.shape, q_BNH.shape[0], selection.tile_size
-    scores_ZGS = _causal_scores(q_BNH, k_ZSH, positions_B)
+    scores_ZGS = _causal_scores(q_BNH, k_ZSH, positions_B, selection.window)
     weights_ZGS = jnp.exp(scores_ZGS - scores_ZGS.max(-1, keepdims=True))
     mass_ZGP = weights_ZGS.reshape(*weights_ZGS.shape[:2], S // M, M).sum(-1)
     mass_ZP = (mass_ZGP / mass_ZGP.sum(-1, keepdims=True)).sum(1)
@@ -73,7 +73,8 @@ def reuse_step(
     places_ZC, used_ZC = _places(tiles_BK1C)
     scores_ZGW = _scores(q_BNH, _gather(k_ZSH, places_ZC, M))
     key_ZCM = places_ZC[..., None] * M + jnp.arange(M)[None, None]
-    seen_ZCM = used_ZC[..., None] & (key_ZCM <= jnp.repeat(positions_B, Z // B)[:, None, None])
+    seen_ZCM = visible(jnp.repeat(positions_B, Z // B)[:, None, None], key_ZCM, selection.window)
+    seen_ZCM &= used_ZC[..., None]
     scores_ZGW = jnp.where(seen_ZCM.reshape(Z, 1, -1), scores_ZGW, UNSEEN)
     return _attend(scores_ZGW, _gather(v_ZSH, places_ZC, M)).reshape(q_BNH.shape)
 
@@ -85,10 +86,10 @@ def _scores(q_BNH: jax.Array, k_ZSH: jax.Array) -> jax.Array:
     return scores_ZSG.swapaxes(1, 2)
 
 
-def _causal_scores(q_BNH: jax.Array, k_ZSH: jax.Array, positions_B: jax.Array) -> jax.Array:
-    positions_Z = jnp.repeat(positions_B, k_ZSH.shape[0] // q_BNH.shape[0])
-    seen_Z1S = jnp.arange(k_ZSH.shape[1])[None, None] <= positions_Z[:, None, None]
-    return jnp.where(seen_Z1S, _scores(q_BNH, k_ZSH), UNSEEN)
+def _causal_scores(q_BNH: jax.Array, k_ZSH: jax.Array, positions_B: jax.Array, window: int | None) -> jax.Array:
+    position_Z11 = jnp.repeat(positions_B, k_ZSH.shape[0] // q_BNH.shape[0])[:, None, None]
+    keys_11S = jnp.arange(k_ZSH.shape[1])[None, None]
+    return jnp.where(visible(position_Z11, keys_11S, window), _scores(q_BNH, k_ZSH), UNSEEN)
 
 
 def _attend(scores_ZGS: jax.Array, v_ZSH: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from attention.sharding import Layout, causal_tiles, pad_axis
 from errors import UnsupportedError
-from kascade_core import NO_TILE, Selection, select_tiles, tile_count
+from kascade_core import NO_TILE, Selection, select_tiles, tile_count, visible
 
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
@@ -68,17 +68,22 @@ def check(
 # --- Dense ---
 
 
-def dense(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout) -> jax.Array:
+def dense(
+    q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout, window: int | None = None
+) -> jax.Array:
     """As `attention.dense`."""
     check(Selection(tile_size=LEAST_TILE), layout.length, q_BTNH.shape[-1], q_BTNH.dtype)
     if layout.num_shards == 1 and jax.default_backend() == "gpu":  # without a GPU, JAX cannot even trace cuDNN's
         k_BSKH, v_BSKH = k_BKHS.transpose(0, 3, 1, 2), v_BKSH.transpose(0, 2, 1, 3)
         with jax.numpy_dtype_promotion("standard"):  # JAX's own function relies on it, whatever the user has set
-            return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn")
+            local = None if window is None else (window - 1, 0)
+            return jax.nn.dot_product_attention(
+                q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=local, implementation="cudnn"
+            )
     M = math.gcd(layout.block, TILE_SIZES[-1])
     tiles_QC = causal_tiles(layout, M)
     tiles_BKQC = jnp.broadcast_to(tiles_QC, (*k_BKHS.shape[:2], *tiles_QC.shape))
-    return reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, Selection(tile_size=M), layout)
+    return reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, Selection(tile_size=M, window=window), layout)
 
 
 # --- Reuse ---
@@ -97,6 +102,7 @@ class _Reuse:
     M: int
     Y: int
     R: int
+    window: int | None
 
     @property
     def rows(self) -> int:
@@ -117,7 +123,7 @@ def reuse(
     used_BKQC = jnp.arange(slots)[None, None, None] < used_BKQ1
     tiles_BKQC = jnp.where(used_BKQC, pad_axis(tiles_BKQC, 3, slots), NO_TILE)
     rows = _pad_rows(Y * N // K)
-    sizes = _Reuse(T, S, N, K, T // Y, slots, M, Y, min(rows, ROWS))
+    sizes = _Reuse(T, S, N, K, T // Y, slots, M, Y, min(rows, ROWS), selection.window)
     keys, values = (x.reshape(B * K * S, H) for x in (k_BKHS.swapaxes(2, 3), v_BKSH))  # a key is one piece
 
     def attend(interpret: bool) -> Callable[..., Any]:
@@ -157,7 +163,7 @@ def _reuse_kernel(first_ref, used_ref, tiles_ref, q_ref, k_ref, v_ref, out_ref, 
         key = jnp.where(chosen, tile, 0) * M + lax.rem(slot, M)
         scores = plgpu.dot(q_RH, k_ref[z * sizes.S + key, :], trans_b=True)
         if masked:
-            scores = jnp.where(chosen[None] & (key[None] <= position_R1), scores, -jnp.inf)
+            scores = jnp.where(chosen[None] & visible(position_R1, key[None], sizes.window), scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1) * scale)
         weights = jnp.exp2(scores * scale - new_top[:, None])
         shrink = jnp.exp2(top - new_top)
@@ -166,7 +172,7 @@ def _reuse_kernel(first_ref, used_ref, tiles_ref, q_ref, k_ref, v_ref, out_ref, 
 
     used = used_ref[query_tile]
     own_tiles = max(sizes.Y // M, 1)  # the last of the tiles; the others are in the past of all rows
-    clear = jnp.maximum((used - own_tiles) * M // W, 0)
+    clear = jnp.maximum((used - own_tiles) * M // W, 0) if sizes.window is None else 0
     carry = (jnp.full(R, LEAST), jnp.zeros(R), jnp.zeros(q_RH.shape))
     carry = lax.fori_loop(0, clear, partial(step, masked=False), carry)
     _, total, out = lax.fori_loop(clear, pl.cdiv(used * M, W), partial(step, masked=True), carry)
@@ -190,6 +196,7 @@ class _Score:
     groups: int
     tiles_per_group: int
     parts: int
+    window: int | None
 
     @property
     def steps(self) -> int:
@@ -211,7 +218,7 @@ class _Score:
         tiles_per_group = max(SHARED_ROWS // rows, 1)
         R, groups = min(tiles_per_group * rows, ROWS), tile_count(T // selection.query_tile, tiles_per_group)
         parts = tiles_per_group * rows // R
-        return cls(T, S, N, K, B * K, selection.tile_size, R, groups, tiles_per_group, parts)
+        return cls(T, S, N, K, B * K, selection.tile_size, R, groups, tiles_per_group, parts, selection.window)
 
 
 def choose(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: Layout) -> jax.Array:
@@ -298,7 +305,7 @@ def _score_kernel(
         key = j * W + jnp.arange(W)
         scores = plgpu.dot(q_RH, k_ref[z * sizes.S + key, :], trans_b=True)
         if masked:
-            scores = jnp.where(key[None] <= position[:, None], scores, -jnp.inf)
+            scores = jnp.where(visible(position[:, None], key[None], sizes.window), scores, -jnp.inf)
         block_top = jnp.maximum(scores.max(-1) * scale, LEAST)
         weights = jnp.exp2(scores * scale - block_top[:, None])
         mass = weights.reshape(R, W // M, M).sum(-1) if M < W else weights.sum(-1, keepdims=True)
@@ -308,6 +315,7 @@ def _score_kernel(
         return new_top, total * jnp.exp2(top - new_top) + mass.sum(-1) * jnp.exp2(block_top - new_top)
 
     clear, end = (first_ref[group * sizes.parts + part] + 1) // W, pl.cdiv(last_ref[group * sizes.parts + part] + 1, W)
+    clear = clear if sizes.window is None else 0
     carry = (jnp.full(R, LEAST), jnp.zeros(R))
     carry = lax.fori_loop(0, jnp.minimum(clear, end), partial(step, masked=False), carry)
     top, total = lax.fori_loop(jnp.minimum(clear, end), end, partial(step, masked=True), carry)

@@ -25,7 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from attention.sharding import Layout, causal_tiles, pad_axis
 from errors import UnsupportedError
-from kascade_core import NO_TILE, Selection, select_tiles, tile_count
+from kascade_core import NO_TILE, Selection, select_tiles, tile_count, visible
 
 LANES = LEAST_TILE = 128  # a key tile is a whole number of a vector register's lanes
 TILES_AT_ONCE = 8  # key tiles in one step of scoring
@@ -64,16 +64,20 @@ def check(
 # --- Dense ---
 
 
-def dense(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout) -> jax.Array:
+def dense(
+    q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout, window: int | None = None
+) -> jax.Array:
     """As `attention.dense`."""
     T, N, H = q_BTNH.shape[1:]
     if layout.num_shards > 1:
-        return _dense_by_tiles(q_BTNH, k_BKHS, v_BKSH, layout)
+        return _dense_by_tiles(q_BTNH, k_BKHS, v_BKSH, layout, window)
     block = next(size for size in SPLASH_BLOCKS if T % size == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, k_layout=splash.QKVLayout.SEQ_MINOR
     )
-    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((T, T))] * N)
+    causal = splash_mask.CausalMask((T, T))
+    seen = splash_mask.LocalMask((T, T), (window - 1, 0), 0) if window else causal
+    mask = splash_mask.MultiHeadMask([seen] * N)
 
     def attend(interpret: bool) -> Callable[..., Any]:
         kernel = splash.make_splash_mha_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
@@ -84,12 +88,14 @@ def dense(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layou
     return out_BNTH.transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
 
 
-def _dense_by_tiles(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout) -> jax.Array:
+def _dense_by_tiles(
+    q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout, window: int | None
+) -> jax.Array:
     """Reuse of all causal tiles, for the blocks of one shard, which are not contiguous."""
     Y = layout.block
     tiles_QC = causal_tiles(layout, Y)
     tiles_BKQC = jnp.broadcast_to(tiles_QC, (*k_BKHS.shape[:2], *tiles_QC.shape))
-    return _reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, Selection(tile_size=Y), layout)
+    return _reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, Selection(tile_size=Y, window=window), layout)
 
 
 # --- Reuse ---
@@ -117,7 +123,7 @@ def _reuse(
 
     def attend(interpret: bool) -> Callable[..., Any]:
         return pl.pallas_call(
-            partial(_reuse_kernel, tile_size=M, query_tile=Y),
+            partial(_reuse_kernel, tile_size=M, query_tile=Y, window=selection.window),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=3,
                 grid=(Q, C),
@@ -142,7 +148,20 @@ def _reuse(
 
 
 def _reuse_kernel(
-    rows_ref, used_ref, tiles_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, sum_ref, *, tile_size, query_tile
+    rows_ref,
+    used_ref,
+    tiles_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    out_ref,
+    top_ref,
+    total_ref,
+    sum_ref,
+    *,
+    tile_size,
+    query_tile,
+    window,
 ):
     """One chosen key tile of one query tile: a step of online softmax."""
     i, c = pl.program_id(0), pl.program_id(1)
@@ -160,7 +179,7 @@ def _reuse_kernel(
         scores = _product(q_RH, k_ref[...], 1, 0) * q_RH.shape[-1] ** -0.5
         key = tiles_ref[i * (last + 1) + c] * tile_size + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         row = rows_ref[i] + lax.rem(lax.broadcasted_iota(jnp.int32, scores.shape, 0), query_tile)
-        scores = jnp.where(key <= row, scores, MASKED)
+        scores = jnp.where(visible(row, key, window), scores, MASKED)
         top = jnp.maximum(top_ref[...], scores.max(-1, keepdims=True))
         weights = jnp.exp(scores - top)
         shrink = jnp.exp(top_ref[...] - top)
@@ -192,7 +211,7 @@ def choose(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: L
 
     def score(interpret: bool) -> Callable[..., Any]:
         return pl.pallas_call(
-            partial(_score_kernel, length=layout.length, query_tile=Y),
+            partial(_score_kernel, length=layout.length, query_tile=Y, window=selection.window),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 grid=(Q, steps),
@@ -220,7 +239,7 @@ def choose(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: L
     return tiles_ZQC.reshape(B, K, Q, -1)
 
 
-def _score_kernel(first_ref, row_ref, q_ref, k_ref, out_ref, tops_ref, mass_ref, *, length, query_tile):
+def _score_kernel(first_ref, row_ref, q_ref, k_ref, out_ref, tops_ref, mass_ref, *, length, query_tile, window):
     """One block of keys for one query tile: each row's sum of exp(score) over each key tile, under the block's maximum.
 
     A row is a lane. The last step rescales all blocks to one maximum, divides by each row's total and sums the rows.
@@ -239,7 +258,7 @@ def _score_kernel(first_ref, row_ref, q_ref, k_ref, out_ref, tops_ref, mass_ref,
         q_RH = q_ref[0]
         scores_WR = _product(k_ref[...], q_RH, 0, 1) * q_RH.shape[-1] ** -0.5
         key = j * W + lax.broadcasted_iota(jnp.int32, scores_WR.shape, 0)
-        scores_WR = jnp.where(key <= row_ref[0], scores_WR, MASKED)
+        scores_WR = jnp.where(visible(row_ref[0], key, window), scores_WR, MASKED)
         top = scores_WR.max(0, keepdims=True)
         tops_ref[j] = top
         mass_ref[j] = jnp.exp(scores_WR - top).reshape(at_once, W // at_once, rows).sum(1)

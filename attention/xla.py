@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from attention.sharding import Layout
-from kascade_core import NO_TILE, Selection, select_tiles, tile_count
+from kascade_core import NO_TILE, Selection, select_tiles, tile_count, visible
 
 LEAST_TILE = 1  # tokens of which dense attention's blocks are a multiple
+UNSEEN = -1e30  # a masked score: finite, since a window may hide a row's whole first block of keys
 KEYS_AT_ONCE = 1024  # gathered keys in one step of reuse: enough to fill the products, few enough for a core's cache
 
 
@@ -39,7 +40,9 @@ def matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 # --- Dense ---
 
 
-def dense(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout) -> jax.Array:
+def dense(
+    q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout, window: int | None = None
+) -> jax.Array:
     """Online softmax over square blocks on and below the diagonal (Milakov & Gimelshein, arXiv 1805.02867)."""
     B, K, H, S = k_BKHS.shape
     R = layout.block
@@ -49,7 +52,7 @@ def dense(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layou
         def step(key_block, carry, masked):
             top, total, out = carry
             scores = _block_scores(q_GRH, k_ZHS, head, key_block, R)
-            scores = jnp.where(jnp.tri(R, dtype=bool)[None], scores, -jnp.inf) if masked else scores
+            scores = _mask(scores, block, jnp.arange(R), key_block, window) if masked else scores
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -58,7 +61,7 @@ def dense(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layou
             return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + values
 
         empty = (jnp.full(q_GRH.shape[:-1], -jnp.inf), jnp.zeros(q_GRH.shape[:-1]), jnp.zeros(q_GRH.shape))
-        _, total, out = _fold_causal(step, block, empty)
+        _, total, out = _fold_causal(step, block, empty, R, window)
         return (out / total[..., None]).astype(q_GRH.dtype)
 
     return _ungroup(_map_heads(attend, layout.local_blocks(), q_BTNH, K))
@@ -101,7 +104,7 @@ def _score_blocks(
         def step(key_block, carry, masked):
             tops, mass_GRP = carry  # of each row: its largest score in every block of keys, its mass in every tile
             scores = _block_scores(q_GRH, k_ZHS, head, key_block, R)
-            scores = jnp.where((jnp.arange(R)[None] <= rows_R[:, None])[None], scores, -jnp.inf) if masked else scores
+            scores = _mask(scores, block, rows_R, key_block, selection.window) if masked else scores
             top = scores.max(-1, keepdims=True)
             mass = jnp.exp(scores - top).reshape(*scores.shape[:-1], R // M, M).sum(-1)
             return (
@@ -111,7 +114,7 @@ def _score_blocks(
 
         rows = q_GRH.shape[:-1]
         empty = (jnp.full((*rows, S // R), -jnp.inf), jnp.zeros((*rows, S // M)))
-        tops, mass_GRP = _fold_causal(step, block, empty)
+        tops, mass_GRP = _fold_causal(step, block, empty, R, selection.window)
         mass_GRP *= jnp.repeat(jnp.exp(tops - tops.max(-1, keepdims=True)), R // M, axis=-1)
         real_R = block * R + rows_R < layout.length  # rows of padding choose nothing
         share_GRP = mass_GRP * jnp.where(real_R, 1 / mass_GRP.sum(-1), 0)[..., None]
@@ -143,7 +146,7 @@ def reuse(
         key_W = jnp.where(used_C1, tiles_C[:, None] * M + jnp.arange(M)[None], NO_TILE).reshape(-1)
         row_R1 = query_tile * Y + jnp.arange(Y)[:, None]
         scores = matmul("GRH,WH->GRW", q_GRH, k_WH) * H**-0.5
-        scores = jnp.where((key_W[None] <= row_R1)[None], scores, -jnp.inf)
+        scores = jnp.where(visible(row_R1, key_W[None], selection.window)[None], scores, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         out = matmul("GRW,WH->GRH", weights.astype(v_WH.dtype), v_WH)
         return (out / weights.sum(-1, keepdims=True)).astype(q_GRH.dtype)
@@ -183,10 +186,25 @@ def _ungroup(out_BKJGRH: jax.Array) -> jax.Array:
     return out_BKJGRH.transpose(0, 2, 4, 1, 3, 5).reshape(B, J * R, K * G, H)
 
 
-def _fold_causal(step: Callable, block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Applies step(key_block, carry, masked) to every key block that query block `block` sees; masks only the last."""
-    carry = lax.fori_loop(0, block, lambda key_block, carry: step(key_block, carry, False), carry)
+def _fold_causal(
+    step: Callable, block: jax.Array, carry: tuple[jax.Array, ...], width: int, window: int | None
+) -> tuple[jax.Array, ...]:
+    """Applies step(key_block, carry, masked) to every block of `width` keys that query block `block` sees.
+
+    Only the last is masked; under a window all are, and those before it are left out.
+    """
+    first = 0 if window is None else jnp.maximum(block * width - window + 1, 0) // width
+    carry = lax.fori_loop(first, block, lambda key_block, carry: step(key_block, carry, window is not None), carry)
     return step(block, carry, True)
+
+
+def _mask(
+    scores_GRW: jax.Array, block: jax.Array, rows_R: jax.Array, key_block: jax.Array, window: int | None
+) -> jax.Array:
+    """The scores of rows of one block of queries with a block of keys, UNSEEN where a row does not see the key."""
+    W = scores_GRW.shape[-1]
+    row_R1, key_1W = block * W + rows_R[:, None], key_block * W + jnp.arange(W)[None]
+    return jnp.where(visible(row_R1, key_1W, window)[None], scores_GRW, UNSEEN)
 
 
 def _block_scores(q_GRH: jax.Array, k_ZHS: jax.Array, head: jax.Array, key_block: jax.Array, width: int) -> jax.Array:

@@ -154,7 +154,7 @@ def prepare_ours(
         note = f"compiled in {forward.seconds:.1f} s"
         if model is not dense:
             reused = sum(plan.mode == REUSE for plan in plans)
-            density = mean_density(attended_tiles(model.schedule, output.tiles))
+            density = mean_density(attended_tiles(model.schedule, output.tiles), model.selection)
             note += f", {reused} REUSE, density {density:.1%}"
         run = partial(lambda forward: block_until_ready(forward(params, test)), forward)
         prepared[name] = Prepared(perplexity_of(output.nll), note, run)

@@ -350,7 +350,7 @@ def tile_chooser(
         if plan.mode == ANCHOR:
             chosen[layer] = select_tiles(score(runner, layer, x_BTD), runner.selection.with_top_k(capacity))
         tiles_BKQC = plan.attended(chosen[layer if plan.anchor is None else plan.anchor])
-        densities.append(density_of(tiles_BKQC))
+        densities.append(density_of(tiles_BKQC, runner.selection))
         padding = -tiles_BKQC.shape[-1] % 8  # few widths
         return jnp.pad(tiles_BKQC, [(0, 0)] * 3 + [(0, padding)], constant_values=NO_TILE)
 

@@ -24,7 +24,7 @@ from measure.texts import Windows
 from report.results import Decoding, DepthRow, Generated
 
 CACHE_DTYPE = {"cpu": "float32"}  # XLA's CPU reads keys in bfloat16 no faster; elsewhere the run's own dtype
-DEPTH_STEPS = 8  # tokens in one timed run of the table of depths
+DEPTH_STEPS = 4  # tokens in one timed run of the table of depths
 SPARE_MEMORY = 0.9  # of the free memory, that a cache may take
 
 
@@ -69,8 +69,8 @@ def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding
     Args:
       arms: the two models.
       windows: with the tokens that follow each (`Windows.following`).
-      settings: `batch` windows are decoded at once, `prefill` says what filled the sparse arm's cache; passes are
-        repeated until each arm has `n_runs` samples.
+      settings: `batch` windows are decoded at once, `prefill` says what filled the sparse arm's cache; the passes over
+        the windows are timed, and the last repeated until each arm has `n_runs` samples.
     """
     steps = windows.following[0].size - 1
     groups = _groups(windows, settings.batch)
@@ -79,16 +79,16 @@ def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding
     decoders = _compile({"dense": arms.dense, "sparse": arms.sparse}, params, settings.batch, size, steps, arms)
     compared: dict[str, list[Comparison]] = {"sparse": [], "dense": []}
     samples: dict[str, list[float]] = {"dense": [], "sparse": []}
-    for ids, following in groups:
+    for i, (ids, following) in enumerate(groups):
         passes = _Passes(arms, decoders, params, ids, following, size)
-        passes.warm_up()
+        if i == 0:
+            passes.warm_up()
+        others = passes.compare(settings.prefill, samples)
         for prefill in compared:
-            compared[prefill] += passes.compare(prefill)
-        while True:
-            for arm, times in samples.items():
-                times.append(passes.time(arm, settings.prefill))
-            if len(samples["dense"]) * len(groups) >= settings.n_runs:
-                break
+            compared[prefill] += others[prefill]
+    while len(samples["dense"]) < settings.n_runs:
+        for arm in samples:
+            passes.run(arm, "dense" if arm == "dense" else settings.prefill, samples[arm])
     depth = windows.test[0].size
     return Decoding(
         depth=depth,
@@ -161,31 +161,40 @@ class _Passes:
         ]
         return caches[0] if len(caches) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
 
-    def run(self, arm: str, prefill: str) -> Decoded:
-        """One pass of an arm on what `prefill` left in its cache."""
+    def run(self, arm: str, prefill: str, samples: list[float] | None = None) -> Decoded:
+        """One pass of an arm on what `prefill` left in its cache; adds its milliseconds a step to `samples`."""
+        start = time.perf_counter()
         output = self.decoders[arm](self.params, self.ids_BN, self.positions_B, self.caches[prefill])
+        jax.block_until_ready(output)
+        if samples is not None:
+            samples.append((time.perf_counter() - start) * 1e3 / self.ids_BN.shape[1])
         self.caches[prefill] = output.cache
-        return jax.block_until_ready(output)
+        return output
 
     def warm_up(self) -> None:
         """The first runs, which are not counted."""
         self.run("dense", "dense")
         self.run("sparse", "sparse")
 
-    def time(self, arm: str, prefill: str) -> float:
-        """Milliseconds a step."""
-        start = time.perf_counter()
-        self.run(arm, "dense" if arm == "dense" else prefill)
-        return (time.perf_counter() - start) * 1e3 / self.ids_BN.shape[1]
+    def compare(self, prefill: str, samples: Mapping[str, list[float]]) -> dict[str, list[Comparison]]:
+        """What each sequence's tokens lose, [N] each, on the host, by what filled the sparse arm's cache.
 
-    def compare(self, prefill: str) -> list[Comparison]:
-        """What each sequence's tokens lose, [N] each, on the host."""
-        dense = self.run("dense", "dense")
-        sparse = self.run("sparse", prefill)
+        The passes of the dense arm and of the sparse one after `prefill` are timed into `samples`.
+        """
+        dense = self.run("dense", "dense", samples["dense"])
+        sparse = self.run("sparse", prefill, samples["sparse"])
         self.layer_densities = step_densities(self.arms.sparse, sparse.tiles, int(self.positions_B[0]))
-        streams = (dense.stream, sparse.stream)
-        result = jax.device_get(self._compare(self.params, *streams, on_first_device(self.targets_BN, self.arms.mesh)))
-        return [Comparison(*(np.asarray(values)[b] for values in result)) for b in range(len(self.ids_BN))]
+        other = "dense" if prefill == "sparse" else "sparse"
+        streams = {prefill: sparse.stream, other: self.run("sparse", other).stream}
+        targets_BN = on_first_device(self.targets_BN, self.arms.mesh)
+        return {
+            name: _by_sequence(jax.device_get(self._compare(self.params, dense.stream, stream, targets_BN)))
+            for name, stream in streams.items()
+        }
+
+
+def _by_sequence(compared: Comparison) -> list[Comparison]:
+    return [Comparison(*(np.asarray(values)[b] for values in compared)) for b in range(len(compared.kl))]
 
 
 def step_densities(model: LlamaModel, tiles: Mapping[int, jax.Array], first_position: int) -> list[float]:
@@ -198,7 +207,7 @@ def step_densities(model: LlamaModel, tiles: Mapping[int, jax.Array], first_posi
         chosen = np.asarray(tiles[layer if plan.anchor is None else plan.anchor])  # [B, N, K, 1, C]
         attended = np.asarray(plan.attended(jnp.asarray(chosen.reshape(-1, *chosen.shape[2:]))))
         positions_N = first_position + np.arange(chosen.shape[1])
-        seen = positions_N // model.selection.tile_size + 1
+        seen = positions_N // model.selection.tile_size + 1 - model.selection.first_seen(positions_N)
         densities.append(density_of_step(attended.reshape(chosen.shape[:3] + (-1,)), seen))
     return densities
 

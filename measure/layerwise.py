@@ -23,9 +23,10 @@ from kascade_core import (
     calibrate_kascade,
     membership,
     select_tiles,
+    similarity_matrix,
     tile_count,
 )
-from llama_model import Block, Comparison, LlamaModel, rms_norm, rope_table
+from llama_model import Block, Comparison, LlamaModel, Rope, rms_norm, rope_table
 
 COMPARED_ROWS = 32  # of a device, compared at a time
 
@@ -44,7 +45,7 @@ class LayerRunner:
         self.num_query_tiles = tile_count(length, self.selection.query_tile)
         self.num_key_tiles = tile_count(length, self.selection.tile_size)
         self.layout = Layout.of(length, self.selection.block, mesh.shape[AXIS])
-        self._programs: dict[str, Callable[..., Any]] = {}
+        self._programs: dict[tuple[str, bool], Callable[..., Any]] = {}
 
     def embed(self, ids_BT: jax.Array) -> jax.Array:
         """The residual stream before layer 0."""
@@ -81,10 +82,10 @@ class LayerRunner:
         whole = Layout(self.length, self.length, 1)
 
         def project(params: Any, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            rope = rope_table(self.config, whole.local_positions()[None])
+            rope = self._rope(layer, whole)
             return self._block(DENSE).apply({"params": params}, x_BTD, rope, whole, method="queries_and_keys")
 
-        return self._program("queries_and_keys", project)(self.params[f"layer_{layer}"], x_BTD)
+        return self._program("queries_and_keys", project, layer)(self.params[f"layer_{layer}"], x_BTD)
 
     def run(self, x_BTD: jax.Array, first: int, choose: Callable[[int, jax.Array], jax.Array | None]) -> jax.Array:
         """From layer `first` to the last; choose(layer, x) names each one's tiles, or None for dense."""
@@ -115,9 +116,18 @@ class LayerRunner:
 
         return partial(self._apply, mode, layer)
 
-    def _apply(self, mode: str, method: Callable[..., Any], params: Any, x_BTD: jax.Array, *tiles: jax.Array) -> Any:
-        rope = rope_table(self.config, self.layout.local_positions()[None])
+    def _apply(
+        self, mode: str, method: Callable[..., Any], layer: int, params: Any, x_BTD: jax.Array, *tiles: jax.Array
+    ) -> Any:
+        rope = self._rope(layer, self.layout)
         return self._block(mode).apply({"params": params}, x_BTD, rope, *tiles, method=method)
+
+    def _rope(self, layer: int, layout: Layout) -> Rope | None:
+        return (
+            None
+            if layer in self.config.no_rope_layers
+            else rope_table(self.config, layout.local_positions()[None], self.length)
+        )
 
     def _block(self, mode: str) -> Block:
         plan = LayerPlan() if mode == DENSE else LayerPlan(REUSE, 0, tuple(range(self.config.num_key_value_heads)))
@@ -132,9 +142,9 @@ class LayerRunner:
         *tiles: Any,
         out_axis: int = 1,
     ) -> jax.Array:
-        """One layer's `function(params, x, *tiles)` over the mesh; its result is dealt along `out_axis`."""
+        """One layer's `function(layer, params, x, *tiles)` over the mesh; its result is dealt along `out_axis`."""
         specs = (WHOLE, ROWS, TILES)[: 2 + len(tiles)]
-        sharded = shard(function, self.mesh, specs, (ROWS, TILES)[out_axis - 1])
+        sharded = shard(partial(function, layer), self.mesh, specs, (ROWS, TILES)[out_axis - 1])
         length = self.length if out_axis == 1 else self.num_query_tiles
 
         def call(params: Any, x_BTD: jax.Array, *tiles_BKQC: jax.Array) -> jax.Array:
@@ -142,11 +152,11 @@ class LayerRunner:
             out = sharded(params, self.layout.spread(x_BTD, 1), *dealt)
             return jax.lax.slice_in_dim(self.layout.collect(out, out_axis), 0, length, axis=out_axis)
 
-        return self._program(name, call)(self.params[f"layer_{layer}"], x_BTD, *tiles)
+        return self._program(name, call, layer)(self.params[f"layer_{layer}"], x_BTD, *tiles)
 
-    def _program(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, jitted when it is first asked for by this name."""
-        program = self._programs.setdefault(name, jit(function, self.mesh))
+    def _program(self, name: str, function: Callable[..., Any], layer: int | None = None) -> Callable[..., Any]:
+        """The function, jitted when it is first asked for by this name, once for layers with RoPE and once without."""
+        program = self._programs.setdefault((name, layer in self.config.no_rope_layers), jit(function, self.mesh))
         # One program at a time: several that gather over a CPU's devices, waiting at once, can wait for each other.
         return lambda *args: jax.block_until_ready(program(*args))
 
@@ -184,6 +194,23 @@ class Calibration:
     def of_windows(self, windows: Sequence[jax.Array]) -> Calibration:
         """What other windows show of the same model."""
         return Calibration(self.model, self.params, windows, self.mesh)
+
+    def at(self, selection: Selection) -> Calibration:
+        """What the same windows show at another budget; tile sizes and scoring are the same, so masses are too."""
+        other = Calibration(self.model.clone(selection=selection), self.params, self.windows, self.mesh)
+        for name in ("observations", "damage_factors"):  # neither depends on the budget
+            if name in self.__dict__:
+                other.__dict__[name] = self.__dict__[name]
+        return other
+
+    @cached_property
+    def similarity_LL(self) -> np.ndarray:
+        """Jaccard similarity of the tiles that the layers would choose, `kascade_core.similarity_matrix`."""
+        if "tiles" in self.__dict__ or "observations" not in self.__dict__:
+            return similarity_matrix(self.tiles)
+        scores_LBKQP = np.stack([seen.scores for seen in self.observations], axis=1)
+        selection = self.model.selection
+        return similarity_matrix({i: np.asarray(select_tiles(x, selection)) for i, x in enumerate(scores_LBKQP)})
 
     @cached_property
     def tiles(self) -> dict[int, np.ndarray]:

@@ -27,6 +27,12 @@ from weights.config import LlamaConfig
 
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu,cpu", "gpu": "cuda,cpu"}  # cpu as a fallback: JAX asserts if none initialises
 INSTALL = {"tpu": "jax[tpu]", "gpu": "jax[cuda12]"}
+UNDONE = {  # settings of JAX that a user may have in the environment
+    "jax_enable_x64": False,  # dtypes here are explicit, and Python numbers must not widen them
+    "jax_disable_jit": False,
+    "jax_no_tracing": False,
+    "jax_transfer_guard": "allow",
+}
 OWN_KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
@@ -39,12 +45,8 @@ def configure_device(device: str) -> list[jax.Device]:
       InputError: JAX sees no such device.
     """
     jax.config.update("jax_platforms", PLATFORMS[device])
-    for name, value in (
-        ("jax_platform_name", device),
-        ("jax_enable_x64", False),  # dtypes here are explicit, and Python numbers must not widen them
-        ("jax_disable_jit", False),
-        ("jax_transfer_guard", "allow"),
-    ):
+    jax.config.update("jax_platform_name", device)
+    for name, value in UNDONE.items():
         jax.config.update(name, value)
     with contextlib.suppress(RuntimeError):  # JAX is running already, and keeps the devices it has
         jax.config.update("jax_num_cpu_devices", usable_cores())

@@ -41,8 +41,9 @@ def ranks_of(scores_ZQP: np.ndarray, selection: Selection) -> np.ndarray:
 
 def seen_by_query_tile(num_query_tiles: int, num_key_tiles: int, selection: Selection) -> np.ndarray:
     """int [Q]: the key tiles that each query tile sees."""
-    last_row_Q = (np.arange(num_query_tiles) + 1) * selection.query_tile - 1
-    return (np.arange(num_key_tiles) * selection.tile_size <= last_row_Q[:, None]).sum(-1)
+    first_row_Q = np.arange(num_query_tiles) * selection.query_tile
+    seen_QP = np.arange(num_key_tiles) * selection.tile_size < first_row_Q[:, None] + selection.query_tile
+    return seen_QP.sum(-1) - selection.first_seen(first_row_Q)
 
 
 def budget_grid(least: int, num_key_tiles: int) -> np.ndarray:

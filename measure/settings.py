@@ -13,6 +13,8 @@ from typing import Any
 import attention
 from errors import InputError, Parser, quote
 from kascade_core import Selection
+from report import tables
+from report.results import is_stdout
 from weights.config import LlamaConfig
 from weights.folder import DEFAULT_WEIGHTS
 
@@ -23,7 +25,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 THRESHOLD, DP, SEARCH, LOADED = "threshold", "dp", "search", "loaded"  # what makes the schedule
 JACCARD, MASS = "jaccard", "mass"  # similarity of layers
 UNIFORM, PER_LAYER, PER_HEAD = "uniform", "layer", "head"  # who has a budget of its own
+NIAH_SINGLE, NIAH_MULTIKEY, VT, FWE = "niah_single", "niah_multikey", "vt", "fwe"  # the tasks
+TASKS = (NIAH_SINGLE, NIAH_MULTIKEY, VT, FWE)
+FILLER_NOISE, FILLER_TEXT = "noise", "text"  # of the tasks' haystacks
+TASK_DEFAULTS = {"task_len": 2048, "task_n": 50, "task_filler": FILLER_NOISE}
 ANCHOR_SHARE = 0.3  # of the layers, when --anchors is not given
+OUTPUTS = ("json", "html", "csv", "markdown", "save_schedule")  # files that a run writes
 MOST_TOKENS = 2**31 - 1  # positions are 32-bit numbers
 DEFAULT_WINDOWS = 4  # of the test text
 SHORT_CONTEXT = 512  # tokens of context that long_ppl takes for a short one
@@ -122,8 +129,31 @@ class Settings:
         "also time these lengths, with the run's schedule and the tested tokens, repeated where too few",
         metavar="N,N,...",
     )
+    densities: tuple[float, ...] = _flag(
+        (),
+        "also a schedule, its quality and its time at each of these densities of the sparse layers; as with --sweep, "
+        "rows that the file of --json has from a run with the same flags are taken from there",
+        metavar="X,X,...",
+    )
+    html: Path | None = _flag(None, "write a page with plots of everything to FILE", metavar="FILE")
+    csv: Path | None = _flag(
+        None, "write one row a measurement to FILE, after those that it has already", metavar="FILE"
+    )
+    markdown: Path | None = _flag(None, "the same as a Markdown table", metavar="FILE")
     long_ppl: bool = _flag(
         False, f"also the perplexity over the tokens that need more than {SHORT_CONTEXT} tokens of context"
+    )
+    tasks: tuple[str, ...] = _flag(
+        (), f"also retrieval tasks, made offline: any of {', '.join(TASKS)}", metavar="NAME,NAME,..."
+    )
+    task_len: int | None = _flag(None, "tokens of a task's prompt and answer ({task_len})".format(**TASK_DEFAULTS))
+    task_n: int | None = _flag(None, "prompts of each task ({task_n})".format(**TASK_DEFAULTS))
+    task_filler: str | None = _flag(
+        None,
+        "what niah_single and vt hide their sentences in: short sentences repeated, or --text ({task_filler})".format(
+            **TASK_DEFAULTS
+        ),
+        (FILLER_NOISE, FILLER_TEXT),
     )
     verbose: bool = _flag(False, "also print each layer's tiles")
     quiet: bool = _flag(False, "print the results alone")
@@ -134,10 +164,17 @@ class Settings:
         self._check_ranges()
         self._check_schedule()
         self._check_lengths()
-        for name in ("json", "save_schedule"):
-            path = getattr(self, name)
-            if path and not can_be_written(path):
+        self._check_tasks()
+        self._check_outputs()
+
+    def _check_outputs(self) -> None:
+        paths = {name: path for name in OUTPUTS if (path := getattr(self, name))}
+        for name, path in paths.items():
+            if not can_be_written(path) or (is_stdout(path) and name in ("html", "csv", "markdown")):
                 raise InputError(f"{name}: cannot write {path}: give a file in a folder that exists and is open to you")
+            same = [other for other in paths if other < name and paths[other].resolve() == path.resolve()]
+            if same:
+                raise InputError(f"{same[0]} and {name} would both write {path}: give each a file of its own")
 
     def _resolve_defaults(self) -> None:
         scheduler = self.scheduler or (DP if self.anchor_layers else THRESHOLD)
@@ -148,7 +185,9 @@ class Settings:
             self._set(similarity=JACCARD)
         if self.scheduler == SEARCH and self.budgets is None:
             self._set(budgets=PER_LAYER)
-        for name in ("weights_dir", "text", "calib_text", "json", "save_schedule", "load_schedule", "head_maps"):
+        if self.tasks:
+            self._set(**{name: value for name, value in TASK_DEFAULTS.items() if getattr(self, name) is None})
+        for name in ("weights_dir", "text", "calib_text", "load_schedule", "head_maps", *OUTPUTS):
             if path := getattr(self, name):
                 self._set(**{name: path.expanduser()})
 
@@ -157,7 +196,16 @@ class Settings:
             object.__setattr__(self, name, value)
 
     def _check_ranges(self) -> None:
-        at_least_one = ("max_reuse_dist", "anchors", "n_runs", "windows", "calib_windows", "batch")
+        at_least_one = (
+            "max_reuse_dist",
+            "anchors",
+            "n_runs",
+            "windows",
+            "calib_windows",
+            "batch",
+            "task_len",
+            "task_n",
+        )
         for name, least in (*((name, 1) for name in at_least_one), ("seq_len", 2)):
             value = getattr(self, name)
             if value is not None and not least <= value <= MOST_TOKENS:
@@ -169,6 +217,8 @@ class Settings:
                 )
         if self.depths and not 1 <= min(self.depths) <= max(self.depths) <= MOST_TOKENS:
             raise InputError(f"depths must be at least 1 and below 2^31, got {quote(self.depths)}")
+        if self.densities and not 0 < min(self.densities) <= max(self.densities) <= 1:
+            raise InputError(f"densities must be above 0 and at most 1, got {quote(self.densities)}")
         if not 0 <= self.threshold <= 1:
             raise InputError(f"threshold must be in [0, 1], got {self.threshold}")
         if self.max_degradation is not None and not 0 < self.max_degradation < math.inf:
@@ -199,6 +249,12 @@ class Settings:
                 maker = "load_schedule" if self.scheduler == LOADED else f"scheduler {self.scheduler}"
                 raise InputError(f"{name} has no effect with {maker}; it needs scheduler {' or '.join(schedulers)}")
 
+        if self.densities and self.load_schedule:
+            raise InputError("densities has no effect with load_schedule: its schedules are made by calibration")
+        if self.densities and self.max_degradation is not None:
+            raise InputError(
+                "densities and max_degradation exclude each other: the one asks for densities, the other finds one"
+            )
         if self.anchor_layers and self.anchors is not None:
             raise InputError("anchors and anchor_layers exclude each other: give one of them")
         if self.head_maps and not self.anchor_layers:
@@ -221,6 +277,14 @@ class Settings:
                 f"sweep: lengths must be at least {least} (query_tile, and 2) and below 2^31, got {self.sweep}"
             )
 
+    def _check_tasks(self) -> None:
+        unknown = [name for name in self.tasks if name not in TASKS]
+        if unknown:
+            raise InputError(f"tasks: expected any of {', '.join(TASKS)}, got {quote(unknown[0])}")
+        for name in TASK_DEFAULTS:
+            if not self.tasks and getattr(self, name) is not None:
+                raise InputError(f"{name} has no effect without tasks, which names some of {', '.join(TASKS)}")
+
     @classmethod
     def from_flags(cls, argv: Sequence[str] | None = None, description: str | None = None) -> Settings:
         """Reads the command line; a bad one exits with code 2 and one sentence."""
@@ -237,10 +301,10 @@ class Settings:
             parser.error(str(error))
 
     def check_files(self) -> None:
-        """Opens what is to be read later, before anything that takes long, such as fetching weights.
+        """Opens what is to be read later, and tables that are to be gone on with, before anything that takes long, such as fetching weights.
 
         Raises:
-          InputError: a file that is missing or cannot be read.
+          InputError: a file that is missing or cannot be read; a table with other columns.
         """
         for name in ("text", "calib_text", "load_schedule", "head_maps"):
             if path := getattr(self, name):
@@ -248,6 +312,9 @@ class Settings:
                     path.open("rb").close()
                 except OSError as error:
                     raise InputError(f"{name} {path} cannot be read: {error.strerror}") from error
+        for path, check in ((self.csv, tables.check_csv), (self.markdown, tables.check_markdown)):
+            if path:
+                check(path)
 
     @property
     def test_windows(self) -> tuple[int, int]:
@@ -293,7 +360,7 @@ class Settings:
 
 def selection_flags() -> tuple[str, ...]:
     """The names of the flags that are fields of `Selection`."""
-    return tuple(field.name for field in dataclasses.fields(Selection))
+    return tuple(field.name for field in dataclasses.fields(Selection) if field.metadata)
 
 
 def make_parser(description: str | None = None) -> argparse.ArgumentParser:
@@ -305,7 +372,8 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for field in (*dataclasses.fields(Selection), *dataclasses.fields(Settings)[1:]):
-        _add_flag(parser, field)
+        if field.metadata:
+            _add_flag(parser, field)
     return parser
 
 
@@ -342,21 +410,34 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted({whole_number(part) for part in text.split(",")}))
 
 
+number = _number_of(float, "a number")
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """A flag's X,X,..., ascending, each once."""
+    return tuple(sorted({number(part) for part in text.split(",")}))
+def names(text: str) -> tuple[str, ...]:
+    """A flag's NAME,NAME,..., in their order, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
 FLAG_TYPES: dict[str, tuple[Callable[[str], Any], str]] = {  # by a field's annotation: how it is read, what help shows
     "int": (whole_number, "N"),
-    "float": (_number_of(float, "a number"), "X"),
+    "float": (number, "X"),
     "str": (str, "NAME"),
     "Path": (Path, "FILE"),
     "tuple[int, ...]": (whole_numbers, "N,N,..."),
+    "tuple[float, ...]": (numbers, "X,X,..."),
+    "tuple[str, ...]": (names, "NAME,NAME,..."),
 }
 
 
 def can_be_written(path: Path) -> bool:
     """Whether a report can be put there: a plain file or nothing yet, in a folder open to us, or standard output."""
     try:
-        if str(path) in ("-", "/dev/stdout"):
+        if is_stdout(path):
             return True
         plain = path.is_file() or not path.exists()
         return plain and path.resolve().parent.is_dir() and os.access(path.resolve().parent, os.W_OK)
-    except OSError:  # a name too long, say
+    except (OSError, ValueError):  # a name too long, or one that no file has
         return False

@@ -66,7 +66,8 @@ def measure_length(
             length, skipped=f"needs {needed / 1e9:.1f} GB beside the weights, and {free / 1e9:.1f} are free"
         )
     ids = jnp.resize(ids, (1, length))
-    density = mean_density(attended_tiles(models["sparse"].schedule, forwards["sparse"](params, ids).tiles))
+    attended = attended_tiles(models["sparse"].schedule, forwards["sparse"](params, ids).tiles)
+    density = mean_density(attended, models["sparse"].selection)
     samples = time_interleaved({name: partial(forward, params, ids) for name, forward in forwards.items()}, n_runs)
     return SweepRow(length, samples["dense"], samples["sparse"], density, peak_memory(device))
 

@@ -16,6 +16,7 @@ from report.results import (
     SUCCESS,
     SUCCESS_PCT,
     Decoding,
+    DensityRow,
     DepthRow,
     Generated,
     LimitCheck,
@@ -24,6 +25,7 @@ from report.results import (
     Model,
     Quality,
     SweepRow,
+    TaskRow,
     Timing,
     break_even,
     count_modes,
@@ -124,8 +126,9 @@ def describe_timing(settings: Any, machine: Machine) -> str:
     sizes += [describe_budget(settings), f"{selection.sink_tiles} sink and {selection.local_tiles} local tiles"]
     sizes.append(f"{selection.anchor_scoring} scoring")
     return (
-        f"whole forward and loss on {machine}, {settings.dtype}, {settings.kernel};\n"
-        f"    {', '.join(sizes)}, n = {settings.n_runs}"
+        f"whole forward and loss on {machine},\n"
+        f"    {settings.dtype}, {settings.kernel}, {', '.join(sizes[:-1])},\n"
+        f"    {sizes[-1]}, n = {settings.n_runs}"
     )
 
 
@@ -216,8 +219,8 @@ def quality(quality: Quality, settings: Any) -> str:
             "                      own, sink and local tiles are always kept)"
         )
     lines += [
-        "   (Rows of one query tile share their choice of tiles: later rows help to choose",
-        "   for earlier ones.)",
+        "   (Rows of one query tile share their choice of tiles: later rows help to",
+        "   choose for earlier ones.)",
         "",
         *verdict(quality, settings),
     ]
@@ -231,7 +234,8 @@ def degradation(quality: Quality) -> list[str]:
     errors = [f"± {100 * error:.2f} over {what}" for error, what in errors if error is not None]
     lines = [f"{text} {', '.join(errors)}".rstrip()]
     if errors:
-        lines.append("                      (standard errors; tokens are not independent, so theirs is too small)")
+        lines.append("                      (standard errors; that over tokens is too small, for")
+        lines.append("                      they are not independent)")
     if quality.interval_pct:
         low, high = quality.interval_pct
         lines.append(
@@ -308,7 +312,7 @@ def limit_kept(check: LimitCheck, quality: Quality, limit: float) -> str:
 def timing(timing: Timing, meaning: str) -> str:
     """Both arms' times, the speedup as it is, and what the numbers mean."""
     n_runs = len(timing.dense_ms)
-    lines = [f"📊 Timing Results (median [min, max] of {n_runs} run{'s' * (n_runs > 1)}):"]
+    lines = [f"📊 Timing Results (median [min, max] of {count_runs(timing.dense_ms)}):"]
     for name, times in (("Dense", timing.dense_ms), ("Sparse", timing.sparse_ms)):
         lines.append(f"   {name + ':':8} {statistics.median(times):9.2f} ms  [{min(times):.2f}, {max(times):.2f}]")
     speedup = timing.speedup
@@ -325,21 +329,52 @@ def timing(timing: Timing, meaning: str) -> str:
 def attention_alone(samples: Mapping[str, Sequence[float]]) -> str:
     """One layer's attention without the model around it, each kind against dense."""
     dense = statistics.median(samples["dense"])
-    lines = [f"🔬 Attention alone, one layer, random inputs (median [min, max] of {len(samples['dense'])} runs):"]
+    lines = [f"🔬 Attention alone, one layer, random inputs (median [min, max] of {count_runs(samples['dense'])}):"]
     for name, times in samples.items():
         share = "" if name == "dense" else f"  {statistics.median(times) / dense:.2f} of dense"
         lines.append(f"   {name.title() + ':':10} {spread(times):>24} ms{share}")
     lines += [
-        "   (Selection is how an anchor chooses its tiles; an anchor selects, then attends as",
-        "   a reuse layer does.)",
+        "   (Selection is how an anchor chooses its tiles; an anchor selects, then",
+        "   attends as a reuse layer does.)",
     ]
     return "\n".join(lines)
+
+
+def count_runs(times: Sequence[float]) -> str:
+    """How many runs were timed."""
+    return f"{len(times)} run{'s' * (len(times) > 1)}"
 
 
 def spread(times: Sequence[float]) -> str:
     """Median [min, max], with as many decimals as matter."""
     decimals = 2 if statistics.median(times) < 1000 else 0
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(statistics.median(times), min(times), max(times), d=decimals)
+
+
+DENSITY_COLUMNS = "{:>7} {:>8} {:>18} {:>9} {:>7} {:>8} {:>7}"
+
+
+def densities_header(settings: Any) -> str:
+    """What the rows of --densities are, and their columns."""
+    names = ("asked", "counted", "degradation", "KL nats", "top-1", "reuse", "speedup")
+    return (
+        f"⚖️  TRADE-OFF, a schedule for each density ({describe_scheduler(settings)}; ± one standard error,\n"
+        f"   times of {settings.n_runs} runs each at {settings.seq_len} tokens)\n\n" + DENSITY_COLUMNS.format(*names)
+    )
+
+
+def density_row(row: DensityRow) -> str:
+    """One density's line."""
+    error = "" if row.error_pct is None else f" ± {row.error_pct:.2f}"
+    return DENSITY_COLUMNS.format(
+        f"{row.asked:.1%}",
+        f"{row.density:.1%}",
+        f"{row.degradation_pct:+.2f}%{error}",
+        f"{row.kl_nats:.4f}",
+        f"{row.same_top1:.1%}",
+        f"{row.layer_types.count('S')} of {len(row.layer_types)}",
+        f"{row.speedup:.2f}x",
+    )
 
 
 SWEEP_COLUMNS = "{:>8} {:>23} {:>23} {:>7} {:>7} {:>7}"
@@ -421,8 +456,9 @@ DEPTH_COLUMNS = "{:>7} {:>19} {:>21} {:>19} {:>7}"
 def depths_header(batch: int) -> str:
     """The columns of the table of depths."""
     return (
-        f"📈 DECODING BY DEPTH (ms a token, median [min, max], batch {batch}, caches of random keys)\n"
-        "   (keep all: sparse layers made to keep every tile, which is what their bookkeeping costs)\n\n"
+        "📈 DECODING BY DEPTH\n"
+        f"   (ms a token, median [min, max], batch {batch}, caches of random keys;\n"
+        "    keep all: sparse layers made to keep every tile, the cost of bookkeeping)\n\n"
         + DEPTH_COLUMNS.format("depth", "dense", "keep all", "sparse", "density")
     )
 
@@ -446,3 +482,47 @@ def continuations(found: Generated, dense_text: str, sparse_text: str) -> str:
     where = "They are the same." if found.part_at is None else f"They part at token {found.part_at}."
     texts = f"   Dense:  {dense_text!r}\n   Sparse: {sparse_text!r}\n"
     return f"✍️  GREEDY CONTINUATION ({len(found.dense)} tokens)\n{texts}   {where}\n"
+
+
+# --- Tasks ---
+
+TASK_COLUMNS = "{:>13} {:>8} {:>16} {:>16} {:>16} {:>6} {:>7}"
+
+
+def tasks_header(settings: Any) -> str:
+    """What the tasks' figures mean, and their columns."""
+    names = ("task", "sparse", "dense", "sparse", "oracle", "p", "density")
+    return (
+        f"🎯 TASKS: {settings.task_len} tokens, n = {settings.task_n}, filler {settings.task_filler}; right answers, "
+        f"% [95% interval]\n{RULE}\n\n"
+        "   (sparse is the whole prompt, or only the question after a dense context, and the answer;\n"
+        "   oracle: every sparse layer chooses for itself; p: McNemar's exact test, sparse against\n"
+        "   dense; 1st: right answers ranked first among the candidates)\n\n" + TASK_COLUMNS.format(*names)
+    )
+
+
+def task_row(row: TaskRow) -> str:
+    """One set-up's lines."""
+    arms = (row.dense, row.sparse, row.oracle)
+    shares = (f"{a.share:.0%} [{100 * a.interval[0]:.0f}, {100 * a.interval[1]:.0f}]" for a in arms)
+    p = "" if row.p_value is None else f"{row.p_value:.3f}"
+    ranks = (f"1st {a.ranked_first:.0%} of {row.candidates}" for a in arms)
+    lines = [
+        TASK_COLUMNS.format(row.task, row.setup, *shares, p, f"{row.density:.1%}"),
+        TASK_COLUMNS.format("", "", *ranks, "", "").rstrip(),
+    ]
+    if not row.discriminative:
+        lines.append(f"{'':14}not discriminative: dense is not clearly above chance ({row.chance:.2g}), or n is small")
+    lines += [
+        f"{'':14}⚠️  {suspicion} significantly (p < 0.05): by chance in few rows, or a bug"
+        for suspicion in row.suspicions
+    ]
+    return "\n".join(lines)
+
+
+def tasks_power(rows: Sequence[TaskRow]) -> str:
+    """The smallest effect that so many questions could have shown."""
+    effect = rows[0].smallest_effect
+    if effect is None:
+        return f"   n = {rows[0].n} cannot show any loss: raise --task_n\n"
+    return f"   n = {rows[0].n} shows a loss of {effect:.0%} of the answers with a probability of 80%, no smaller one\n"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -18,12 +20,23 @@ from typing import Any
 
 import numpy as np
 
-from errors import InputError
+from errors import InputError, quote
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, perplexity_of
 from llama_model import Comparison
-from report.statistics import correlation, standard_error, standard_error_of_share, student_quantile
+from report.statistics import (
+    correlation,
+    detectable_loss,
+    least_significant,
+    mcnemar_p,
+    standard_error,
+    standard_error_of_share,
+    student_quantile,
+    wilson_interval,
+)
 
-FORMAT_VERSION = 2  # of the JSON report
+FORMAT_VERSION = 3  # of the JSON report; docs/schema.md describes it
+PROGRAM = "kascade benchmark"  # how a report says whose it is
+ROOT = Path(__file__).resolve().parents[1]
 SUCCESS_PCT = 2.0  # a degradation under it is a success
 SUCCESS, FAILED, UNDECIDED, NOTHING_DROPPED = "success", "failed", "undecided", "nothing dropped"
 
@@ -143,6 +156,11 @@ class Quality:
         return change_pct(self.delta_log_ppl - reach), change_pct(self.delta_log_ppl + reach)
 
     @property
+    def error_pct(self) -> float | None:
+        """One standard error of the degradation, percentage points, the larger of both; None for a single token."""
+        return None if math.isinf(self.margin) else 100 * self.margin / 2
+
+    @property
     def margin(self) -> float:
         """Two standard errors of `delta_log_ppl`, the larger of both: few windows can agree by chance."""
         errors = [error for error in (self.se_tokens, self.se_windows) if error is not None]
@@ -205,7 +223,16 @@ class Quality:
     def to_json(self) -> dict[str, Any]:
         """The report's "quality"."""
         names = ("windows", "dense_perplexity", "sparse_perplexity", "degradation_pct", "delta_log_ppl")
-        names += ("se_tokens", "se_windows", "interval_pct", "same_top1", "same_top1_se", "correlation", "rms_dp")
+        names += (
+            "error_pct",
+            "se_tokens",
+            "se_windows",
+            "interval_pct",
+            "same_top1",
+            "same_top1_se",
+            "correlation",
+            "rms_dp",
+        )
         values = {name: getattr(self, name) for name in names}
         values |= {"tokens": self.predictions, "kl": dataclasses.asdict(self.kl), "verdict": self.verdict}
         return values | {"by_window": [_window_to_json(window) for window in self.compared]}
@@ -362,6 +389,8 @@ class Decoding:
                 "bytes_per_step": self.sparse_bytes,
                 "bandwidth_share": self.bandwidth_share("sparse"),
             },
+            "degradation_pct": quality.degradation_pct,
+            "error_pct": quality.error_pct,
             "delta_log_ppl": quality.delta_log_ppl,
             "delta_log_ppl_se": quality.se_tokens,
             "kl": quality.kl.mean,
@@ -416,6 +445,93 @@ class Generated:
 
 
 @dataclasses.dataclass(frozen=True)
+class DensityRow:
+    """What --densities measured at one of them: a schedule of its own, its quality and its time.
+
+    Attributes:
+      asked: the density of the sparse layers that was asked for.
+      density: counted, the mean over all layers.
+      delta_log_ppl: nats; `error_pct` is one standard error of the degradation, percentage points.
+      kl_nats: mean divergence from dense, a token.
+      same_top1: share of the tokens.
+      schedule_sha256: `schedule_sha256` of its layers.
+    """
+
+    asked: float
+    density: float
+    sparse_perplexity: float
+    degradation_pct: float
+    error_pct: float | None
+    delta_log_ppl: float
+    kl_nats: float
+    same_top1: float
+    dense_ms: Sequence[float]
+    sparse_ms: Sequence[float]
+    layer_types: str
+    schedule_sha256: str
+
+    @property
+    def speedup(self) -> float:
+        """Of the medians."""
+        return statistics.median(self.dense_ms) / statistics.median(self.sparse_ms)
+
+
+def pareto_front(costs: Sequence[float], degradations: Sequence[float]) -> list[int]:
+    """The indices, by ascending cost, of the points that no other is as cheap as and less degraded (or the reverse)."""
+    front: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], degradations[i])):
+        if not front or degradations[i] < degradations[front[-1]]:
+            front.append(i)
+    return front
+
+
+@dataclasses.dataclass(frozen=True)
+class TextUsed:
+    """Which windows of a text were run; `ids_sha256` is of their token ids, little-endian 32-bit integers in a row."""
+
+    name: str
+    windows: int
+    tokens_per_window: int
+    ids_sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TileMap:
+    """What one KV head of one layer attended to in the first test window.
+
+    Attributes:
+      key_tiles: how many the window has.
+      query_tiles: the ones that are listed, ascending; every one, or an even sample that ends with the last.
+      tiles: the chosen key tiles of each, ascending, as ranges such as "0 3-5 12".
+      mass_kept: of each, the share of the dense model's attention mass that lies in them.
+    """
+
+    layer: int
+    head: int
+    key_tiles: int
+    query_tiles: Sequence[int]
+    tiles: Sequence[str]
+    mass_kept: Sequence[float]
+
+
+def as_ranges(numbers: Sequence[int]) -> str:
+    """Ascending whole numbers as "0 3-5 12"."""
+    runs: list[list[int]] = []
+    for number in map(int, numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def from_ranges(text: str) -> list[int]:
+    """The numbers of `as_ranges`."""
+    bounds = (list(map(int, part.split("-"))) for part in text.split())
+    return [number for bound in bounds for number in range(bound[0], bound[-1] + 1)]
+
+
+@dataclasses.dataclass(frozen=True)
 class SweepRow:
     """What --sweep measured at one length, or why it skipped it."""
 
@@ -446,6 +562,115 @@ def break_even(rows: Sequence[SweepRow | DepthRow]) -> tuple[int | None, int | N
     return slower, min(faster, default=None)
 
 
+# --- Retrieval tasks ---
+
+PROMPT, QUESTION = "prompt", "question"  # set-ups: the whole prompt is sparse, or only the question and the answer
+SIGNIFICANT = 0.05  # level of the tests of tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """One arm's answers to a task's questions: whether each is right, and the right one's rank among the candidates.
+
+    Ranks are by log likelihood, from 1.
+    """
+
+    right: tuple[bool, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def share(self) -> float:
+        """Of right answers."""
+        return sum(self.right) / len(self.right)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share."""
+        return wilson_interval(sum(self.right), len(self.right))
+
+    @property
+    def ranked_first(self) -> float:
+        """Share of the questions whose right answer is the likeliest candidate."""
+        return sum(rank == 1 for rank in self.ranks) / len(self.ranks)
+
+    @property
+    def mean_rank(self) -> float:
+        """Of the right answers."""
+        return sum(self.ranks) / len(self.ranks)
+
+    def p_against(self, other: Answers) -> float:
+        """McNemar's exact p of the difference from another arm's answers to the same questions."""
+        lost = sum(b and not a for a, b in zip(self.right, other.right, strict=True))
+        return mcnemar_p(lost, sum(a and not b for a, b in zip(self.right, other.right, strict=True)))
+
+    def beats(self, other: Answers) -> bool:
+        """Whether it is right significantly more often."""
+        return self.share > other.share and self.p_against(other) < SIGNIFICANT
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRow:
+    """A retrieval task in one set-up.
+
+    Attributes:
+      task: its name.
+      length: tokens of prompt and answer.
+      filler: of the haystack; None where it is the task's own.
+      setup: PROMPT or QUESTION.
+      chance: of a right guess from the context.
+      candidates: how many answers were ranked.
+      density: of the sparse arm, mean over the layers, counted in the first prompt.
+      dense, sparse, oracle: the arms' answers; in the oracle every sparse layer chooses for itself.
+    """
+
+    task: str
+    length: int
+    filler: str | None
+    setup: str
+    chance: float
+    candidates: int
+    density: float
+    dense: Answers
+    sparse: Answers
+    oracle: Answers
+
+    @property
+    def n(self) -> int:
+        """How many questions there were."""
+        return len(self.dense.right)
+
+    @property
+    def discriminative(self) -> bool:
+        """Whether dense is clearly above chance, and right often enough that losing it all would be significant."""
+        return self.dense.interval[0] > self.chance and sum(self.dense.right) >= least_significant(SIGNIFICANT)
+
+    @property
+    def p_value(self) -> float | None:
+        """McNemar's exact p of sparse against dense; None where the row is not discriminative."""
+        return self.sparse.p_against(self.dense) if self.discriminative else None
+
+    @property
+    def smallest_effect(self) -> float | None:
+        """The smallest share of lost answers that n questions could have shown at 80 % power; None where none."""
+        return detectable_loss(self.n, level=SIGNIFICANT)
+
+    @property
+    def suspicions(self) -> tuple[str, ...]:
+        """What should not be so: dense >= oracle >= sparse within the error. A better sparse arm hints at a bug."""
+        pairs = (("sparse", "dense"), ("oracle", "dense"), ("sparse", "oracle"))
+        return tuple(f"{a} beats {b}" for a, b in pairs if getattr(self, a).beats(getattr(self, b)))
+
+    def to_json(self) -> dict[str, Any]:
+        """An element of the report's "tasks"."""
+        names = ("task", "length", "n", "filler", "setup", "chance", "candidates", "density", "p_value")
+        values = {name: getattr(self, name) for name in (*names, "discriminative", "smallest_effect", "suspicions")}
+        for arm in ("dense", "sparse", "oracle"):
+            answers = getattr(self, arm)
+            values |= {arm: answers.share, f"{arm}_ci": answers.interval}
+            values |= {f"{arm}_ranked_first": answers.ranked_first, f"{arm}_mean_rank": answers.mean_rank}
+        return values
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """Which weights were run."""
@@ -472,6 +697,25 @@ class Machine:
         return f"{self.count} {self.platform.upper()} device(s), {kind}"
 
 
+def git_commit() -> str | None:
+    """The commit that this program was at, with "+" where files were changed; None outside its own repository."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        top, commit = git("rev-parse", "--show-toplevel", "HEAD").split("\n")
+        return commit + "+" * bool(git("status", "--porcelain", "-uno")) if Path(top).samefile(ROOT) else None
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
+
+
+def schedule_sha256(plans: Sequence[LayerPlan]) -> str:
+    """Hex SHA-256 of what every layer does: JSON [[mode, anchor, head_map, budgets], ...] without spaces."""
+    layers = [[plan.mode, plan.anchor, plan.head_map, plan.budgets] for plan in plans]
+    return hashlib.sha256(json.dumps(layers, separators=(",", ":")).encode()).hexdigest()
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     packages = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
@@ -491,6 +735,12 @@ class Results:
       long_context: with --long_ppl.
       attention_ms: samples of one layer's attention by kind: dense, selection, anchor, reuse.
       decoding, depths, generated: with --decode, --depths and --generate.
+      texts: the windows that "calibration" and "test" are; no calibration with a loaded schedule.
+      similarity_LL: Jaccard similarity of the tiles that layers i and j chose in calibration (`similarity_matrix`).
+      tile_maps: of a few layers, with --html.
+      densities: with --densities.
+      finished: False in a report that a run writes on its way, to be resumed from.
+      tasks: with --tasks, two rows each.
     """
 
     settings: Any
@@ -510,21 +760,35 @@ class Results:
     decoding: Decoding | None = None
     depths: Sequence[DepthRow] = ()
     generated: Generated | None = None
+    texts: Mapping[str, TextUsed] = dataclasses.field(default_factory=dict)
+    similarity_LL: np.ndarray | None = None
+    tile_maps: Sequence[TileMap] = ()
+    densities: Sequence[DensityRow] = ()
+    finished: bool = True
+    tasks: Sequence[TaskRow] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as --json writes it."""
         quality, timing = self.quality, self.timing
         return {
+            "program": PROGRAM,
             "format_version": FORMAT_VERSION,
+            "finished": self.finished,
             "date": self.date,
+            "git_commit": git_commit(),
             "command": list(self.command),
             "model": dataclasses.asdict(self.model),
             "device": dataclasses.asdict(self.machine),
             "versions": versions(),
             "config": settings_to_json(self.settings),
+            "kernel": self.settings.kernel,
+            "texts": {name: dataclasses.asdict(text) for name, text in self.texts.items()},
             "prefix": self.prefix,
             "layer_types": layer_types([layer.plan for layer in self.schedule]),
             "schedule": [_layer_to_json(i, layer) for i, layer in enumerate(self.schedule)],
+            "schedule_sha256": schedule_sha256([layer.plan for layer in self.schedule]),
+            "similarity": None if self.similarity_LL is None else np.round(self.similarity_LL, 4).tolist(),
+            "tile_maps": [dataclasses.asdict(tile_map) for tile_map in self.tile_maps],
             "dense": {"perplexity": quality.dense_perplexity, "compile_s": timing.dense_compile_s},
             "sparse": {"perplexity": quality.sparse_perplexity, "compile_s": timing.sparse_compile_s},
             "degradation_pct": quality.degradation_pct,
@@ -542,10 +806,12 @@ class Results:
             "speedup": timing.speedup,
             "sweep": [dataclasses.asdict(row) | {"speedup": row.speedup} for row in self.sweep],
             "sweep_break_even": break_even(self.sweep),
+            "densities": [dataclasses.asdict(row) | {"speedup": row.speedup} for row in self.densities],
             "decode": self.decoding and self.decoding.to_json(),
             "decode_depths": [dataclasses.asdict(row) | {"speedup": row.speedup} for row in self.depths],
             "decode_break_even": break_even(self.depths),
             "generate": self.generated and dataclasses.asdict(self.generated) | {"part_at": self.generated.part_at},
+            "tasks": [row.to_json() for row in self.tasks],
             "peak_memory_bytes": self.peak_memory_bytes,
         }
 
@@ -584,10 +850,19 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
       InputError: the file cannot be written; what was there is as it was.
     """
-    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
     if is_stdout(path):
         sys.stdout.write(text)
         return
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+      InputError: the file cannot be written; what was there is as it was.
+    """
     path = path.resolve()  # what a symbolic link points to, not the link
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -618,10 +893,32 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _finite(value: Any) -> Any:
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that `write_json` wrote.
+
+    Raises:
+      InputError: the file cannot be read, or is not a report of this version of this program.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"report {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"report {path} is not JSON ({type(error).__name__})") from error
+    if not isinstance(report, dict) or "format_version" not in report or "degradation_pct" not in report:
+        raise InputError(f"{path} is no report of this program: give a file that the benchmark wrote with --json")
+    if report["format_version"] != FORMAT_VERSION:
+        raise InputError(
+            f"report {path} has format version {quote(report['format_version'])}, and this program reads version "
+            f"{FORMAT_VERSION}: measure it anew"
+        )
+    return report
+
+
+def finite(value: Any) -> Any:
     """JSON has no infinity: it becomes null, as a perplexity that overflows does."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

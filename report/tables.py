@@ -1,10 +1,11 @@
-"""Tables as Markdown and CSV, for bench and docs; every cell is text by the time it gets here, or becomes it."""
+"""Tables as Markdown and CSV: a report's measurements a row each, and bench's results."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,161 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def markdown_row(cells: Sequence[Any]) -> str:
     """One line of a Markdown table; a bar inside a cell is escaped."""
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
 
 
 def spread(values: Sequence[float], decimals: int = 2) -> str:
     """Median [min, max]."""
     return f"{statistics.median(values):.{decimals}f} [{min(values):.{decimals}f}, {max(values):.{decimals}f}]"
+
+
+# --- A report's measurements ---
+
+COLUMNS = (
+    "test", "tokens", "batch", "arm", "median_ms", "min_ms", "max_ms", "n", "tokens_per_s", "perplexity",
+    "degradation_pct", "error_pct", "density", "score", "score_low", "score_high", "model", "device", "dtype",
+    "kernel", "versions", "git_commit", "date",
+)  # fmt: skip
+
+
+def measurements(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row a measurement of a report, by COLUMNS; a cell without a value is empty.
+
+    `tokens` is the length of a forward, the depth of a decoding step, or the length of a task's prompt; times are of
+    one forward or one decoding step; `error_pct` is one standard error; `score` is a task's share of right answers.
+    """
+    config, device = report["config"], report["device"]
+    everywhere = {
+        "model": report["model"]["name"],
+        "device": f"{device['count']} {device['platform']} {device['processor'] if device['platform'] == 'cpu' else device['kind']}",
+        "dtype": config["dtype"],
+        "kernel": report["kernel"],
+        "versions": " ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        "git_commit": report["git_commit"],
+        "date": report["date"],
+    }
+    rows = [*_forwards(report), *_decoding(report), *_attention(report), *_tasks(report)]
+    return [{name: _cell((row | everywhere).get(name)) for name in COLUMNS} for row in rows]
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
+
+
+def _times(samples: Sequence[float], tokens: int, batch: int = 1) -> dict[str, Any]:
+    """Of `samples` in milliseconds, in each of which `batch` times `tokens` tokens went through."""
+    middle = statistics.median(samples)
+    times = {"median_ms": middle, "min_ms": min(samples), "max_ms": max(samples), "n": len(samples), "batch": batch}
+    return times | {"tokens_per_s": batch * tokens / middle * 1000}
+
+
+def _forwards(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    quality, tokens, timing = report["quality"], report["config"]["seq_len"], report["timing"]
+    loss = {"degradation_pct": quality["degradation_pct"], "error_pct": quality["error_pct"]}
+    for arm, of_arm in (("dense", {"density": 1.0}), ("sparse", loss | {"density": report["density"]})):
+        of_arm |= {"test": "prefill", "tokens": tokens, "arm": arm, "perplexity": report[arm]["perplexity"]}
+        yield of_arm | _times(timing[f"{arm}_ms"], tokens)
+    for row in report["densities"]:
+        loss = {name: row[name] for name in ("degradation_pct", "error_pct", "density")}
+        for arm, of_arm in (("dense", {"density": 1.0}), ("sparse", loss)):
+            perplexity = report["dense"]["perplexity"] if arm == "dense" else row["sparse_perplexity"]
+            of_arm |= {"test": f"density {row['asked']:g}", "tokens": tokens, "arm": arm, "perplexity": perplexity}
+            yield of_arm | _times(row[f"{arm}_ms"], tokens)
+    for row in report["sweep"]:
+        for arm, density in (("dense", 1.0), ("sparse", row["density"])):
+            if not row["skipped"]:
+                of_arm = {"test": "sweep", "tokens": row["length"], "arm": arm, "density": density}
+                yield of_arm | _times(row[f"{arm}_ms"], row["length"])
+
+
+def _decoding(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if decode := report["decode"]:
+        for arm, density in (("dense", 1.0), ("sparse", decode["density"])):
+            of_arm = {"test": "decode", "tokens": decode["depth"], "arm": arm, "density": density}
+            of_arm["perplexity"] = decode[arm]["perplexity"]
+            if arm == "sparse":
+                of_arm |= {"degradation_pct": decode["degradation_pct"], "error_pct": decode["error_pct"]}
+            yield of_arm | _times(decode[arm]["ms_per_token"], 1, decode["batch"])
+    for row in report["decode_depths"]:
+        for arm, density in (("dense", 1.0), ("keep_all", 1.0), ("sparse", row["density"])):
+            if not row["skipped"]:
+                of_arm = {
+                    "test": "decode depth",
+                    "tokens": row["depth"],
+                    "arm": arm.replace("_", " "),
+                    "density": density,
+                }
+                yield of_arm | _times(row[f"{arm}_ms"], 1, row["batch"])
+
+
+def _attention(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for kind, samples in report["timing"]["attention_ms"].items():
+        tokens = report["config"]["seq_len"]
+        yield {"test": "attention alone", "tokens": tokens, "arm": kind} | _times(samples, tokens)
+
+
+def _tasks(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for task in report.get("tasks") or ():
+        for arm, density in (("dense", 1.0), ("sparse", report["density"])):
+            low, high = task[f"{arm}_ci"] or (None, None)
+            score = {"score": task[arm], "score_low": low, "score_high": high, "n": task["n"], "density": density}
+            yield {"test": f"task {task['task']}", "tokens": task["length"], "arm": arm} | score
+
+
+def check_csv(path: Path) -> None:
+    """Raises InputError for a CSV file that has other columns than COLUMNS, or cannot be read."""
+    ResultsFile(path, COLUMNS)
+
+
+def append_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Adds rows to a CSV file, which is made if it is not there.
+
+    Raises:
+      InputError: its columns are others than COLUMNS; it cannot be written.
+    """
+    file = ResultsFile(path, COLUMNS)
+    with writing(path):
+        for row in rows:
+            file.add({name: _harmless(value) for name, value in row.items()})
+
+
+def _harmless(cell: str) -> str:
+    """A spreadsheet runs a cell that begins like a formula; a negative number is none."""
+    is_number = cell[1:2].isdigit() or cell[1:2] == "."
+    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@") and not is_number else cell
+
+
+def check_markdown(path: Path) -> None:
+    """Raises InputError for a file that is not empty and does not begin with the table of COLUMNS, or cannot be read."""
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline().strip()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as Markdown ({error}); give another file") from error
+    if first and first != markdown_row(COLUMNS):
+        raise InputError(f"{path}: expected a table with the columns {', '.join(COLUMNS)}, got {quote(first)}")
+
+
+def append_markdown(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """The same for a Markdown table: its columns stand in the file's first line."""
+    check_markdown(path)
+    table = markdown(COLUMNS, [[row[name] for name in COLUMNS] for row in rows])
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(table if not path.stat().st_size else "".join(table.splitlines(keepends=True)[2:]))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError into an InputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); give a file where there is room for it") from error
+
+
+# --- A file that grows row by row ---
 
 
 class ResultsFile:

@@ -35,14 +35,52 @@ HF_CONFIGS = {
 }  # fmt: skip
 for values in HF_CONFIGS.values():
     values |= dict(model_type="llama", max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu")
+# One small model of every architecture, each with another RoPE; their words are those of a text of 29 tokens.
+SIZES = dict(vocab_size=33, intermediate_size=14, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2)
+SIZES |= dict(
+    max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu", hidden_size=24, tie_word_embeddings=False
+)
+YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.25], "long_factor": [2.0, 9.0]}
+MODELS = {
+    "llama_bias_linear": SIZES | dict(
+        model_type="llama", head_dim=10, attention_bias=True, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+    ),
+    "llama_dynamic": SIZES | dict(
+        model_type="llama", head_dim=10, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    ),
+    "mistral_window": SIZES | dict(
+        model_type="mistral", head_dim=10, sliding_window=9, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "qwen2_yarn": SIZES | dict(model_type="qwen2", rope_parameters=YARN | {"beta_fast": 4.0, "beta_slow": 0.5}, tie_word_embeddings=True),
+    "qwen3_mscale": SIZES | dict(
+        model_type="qwen3", head_dim=10, rope_parameters=YARN | {"mscale": 1.5, "mscale_all_dim": 0.5, "beta_fast": 3.0, "truncate": False},
+    ),
+    "phi3_longrope": SIZES | dict(
+        model_type="phi3", rope_parameters=LONGROPE, original_max_position_embeddings=16, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    ),
+    "smollm3_nope": SIZES | dict(
+        model_type="smollm3", no_rope_layer_interval=2, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    ),
+}  # fmt: skip
+CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "phi3": "Phi3",
+    "smollm3": "SmolLM3",
+}
 SINGLE = "model.safetensors"
 LENGTHS = {"gqa_llama3_untied": 61, "gqa_default_tied": 13, "mha_llama3_tied": 37}
 
 
 def hf_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Shapes of a Hugging Face checkpoint's tensors, [out, in], by name."""
-    D, F, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    NH, KH = (config[heads] * config["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
+    D, F, V, family = config["hidden_size"], config["intermediate_size"], config["vocab_size"], config["model_type"]
+    H = config.get("head_dim") or D // config["num_attention_heads"]
+    NH, KH = (config[heads] * H for heads in ("num_attention_heads", "num_key_value_heads"))
     shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (V, D)
@@ -54,6 +92,11 @@ def hf_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             "input_layernorm": (D,), "post_attention_layernorm": (D,),
         }.items():  # fmt: skip
             shapes[f"{prefix}{name}.weight"] = shape
+        biases = {"q_proj": NH, "k_proj": KH, "v_proj": KH} if family == "qwen2" or config.get("attention_bias") else {}
+        biases |= {"o_proj": D} if config.get("attention_bias") else {}
+        shapes |= {f"{prefix}self_attn.{name}.bias": (size,) for name, size in biases.items()}
+        if family == "qwen3":
+            shapes |= {f"{prefix}self_attn.{name}.weight": (H,) for name in ("q_norm", "k_norm")}
     return shapes
 
 
@@ -61,9 +104,29 @@ def hf_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 tensors for `hf_shapes`, large enough that attention is far from flat."""
     rng = np.random.default_rng(seed)
     return {
-        name: (rng.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(np.float32)
+        name: (rng.standard_normal(shape) * 0.2 + name.endswith("norm.weight")).astype(np.float32)
         for name, shape in hf_shapes(config).items()
     }
+
+
+def stored_weights(config: dict) -> dict[str, np.ndarray]:
+    """The same as the architecture's files hold them: Phi-3 fuses q, k and v, and gate and up."""
+    weights = hf_weights(config)
+    if config["model_type"] != "phi3":
+        return weights
+    for layer in range(config["num_hidden_layers"]):
+        for fused, parts in {
+            "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+        }.items():
+            rows = [weights.pop(f"model.layers.{layer}.{part}.weight") for part in parts]
+            weights[f"model.layers.{layer}.{fused}.weight"] = np.concatenate(rows)
+    return weights
+
+
+def model_ids(name: str) -> np.ndarray:
+    """int32 [1, 29] for one of MODELS."""
+    return np.random.default_rng(3).integers(0, MODELS[name]["vocab_size"], (1, 29), dtype=np.int32)
 
 
 def token_ids(name: str) -> np.ndarray:
@@ -79,8 +142,9 @@ def write_hf_folder(folder: Path, name: str, **changes: object) -> Path:
 def write_hf(folder: Path, config: dict, weights: dict | None = None, shards: int = 1, **changes: object) -> Path:
     """A Hugging Face checkpoint; its words are "w0", "w1", ...; `changes` go to config.json alone."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]} | changes))
-    weights = hf_weights(config) if weights is None else weights
+    architecture = f"{CLASSES[config['model_type']]}ForCausalLM"
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [architecture]} | changes))
+    weights = stored_weights(config) if weights is None else weights
     names = {key: f"model-{i % shards}.safetensors" if shards > 1 else SINGLE for i, key in enumerate(weights)}
     for file in set(names.values()):
         save_file({key: weights[key] for key in weights if names[key] == file}, folder / file)

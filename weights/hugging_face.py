@@ -211,6 +211,6 @@ def _all_tensors(files: Sequence[Path]) -> Iterator[Stored]:
             try:
                 shard = safe_open(file, framework="np")
             except SafetensorError as error:
-                raise InputError(f"truncated or damaged ({error})") from error
+                raise InputError(f"truncated or damaged ({quote(str(error))})") from error
         for key in shard.keys():  # noqa: SIM118 - not a dict
             yield Stored(file, shard, key)

@@ -1,0 +1,66 @@
+"""Rows that an interrupted run had finished: read from --json's file, where the flags and all else agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from errors import InputError
+from report.results import DensityRow, Results, SweepRow, finite, is_stdout, read_report, write_json
+
+AGREEING = ("program", "model", "device", "versions", "git_commit", "kernel", "texts", "schedule_sha256")
+FREE_FLAGS = ("densities", "sweep", "json", "html", "csv", "markdown", "save_schedule", "verbose", "quiet", "debug")
+Row = TypeVar("Row", SweepRow, DensityRow)
+
+
+def earlier_rows(path: Path | None, results: Results) -> tuple[dict[int, SweepRow], dict[float, DensityRow]]:
+    """The sweep's rows by length and the densities' by density asked for, of a run that agrees with this one.
+
+    Empty where there is no such file, or anything that a row depends on differs: then all is measured.
+    """
+    if path is None or is_stdout(path) or not path.is_file():
+        return {}, {}
+    try:
+        report = read_report(path)
+        if not _agree(report, json.loads(json.dumps(finite(results.to_json())))):
+            return {}, {}
+        sweep = [SweepRow(**_fields(SweepRow, row)) for row in report["sweep"]]
+        densities = [DensityRow(**_fields(DensityRow, row)) for row in report["densities"]]
+    except (InputError, KeyError, TypeError, AttributeError):  # another program's file, or a damaged one
+        return {}, {}
+    return {row.length: row for row in sweep}, {row.asked: row for row in densities}
+
+
+def _agree(report: dict[str, Any], now: dict[str, Any]) -> bool:
+    configs = ({k: v for k, v in one["config"].items() if k not in FREE_FLAGS} for one in (report, now))
+    return all(report[name] == now[name] for name in AGREEING) and next(configs) == next(configs)
+
+
+def _fields(kind: type, row: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: row[field.name] for field in dataclasses.fields(kind)}
+
+
+def measure_rows(
+    asked: Sequence[Any],
+    earlier: dict[Any, Row],
+    measure: Callable[[Any], Row],
+    finished: Callable[[list[Row], bool], None],
+) -> list[Row]:
+    """A row for everything that was asked for, measured where no earlier one is there.
+
+    `finished(rows, was_there)` is called after each.
+    """
+    rows: list[Row] = []
+    for value in asked:
+        rows.append(earlier[value] if value in earlier else measure(value))
+        finished(rows, value in earlier)
+    return rows
+
+
+def save_partly(path: Path | None, results: Results) -> None:
+    """Writes what there is so far, for `earlier_rows`."""
+    if path is not None and not is_stdout(path):
+        write_json(path, dataclasses.replace(results, finished=False).to_json())

@@ -1,0 +1,635 @@
+"""The plots of a report as inline SVG, each with a caption and its numbers: drawn from the report as --json has it.
+
+matplotlib draws them 360 units wide, so that their text is legible on a telephone; a page may show them up to half as
+large again. What is black or white in them follows the page's own colours, light or dark.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch, Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from report.results import SUCCESS_PCT, from_ranges, pareto_front
+
+# Okabe and Ito's colours, which colour-blind people can tell apart; arms differ in shape as well.
+BLUE, ORANGE, GREEN, PURPLE, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+INK, FAINT = "#010203", "#040506"  # stand for the page's own colours
+PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--faint)"}
+ARMS = {"dense": (BLUE, "o"), "sparse": (ORANGE, "s"), "keep all": (GREEN, "^")}
+MODES = {"DENSE": "#7f7f7f", "ANCHOR": BLUE, "REUSE": YELLOW}
+WIDTH = 5.0  # inches of 72 units
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.image_inline": True,
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "legend.handlelength": 1.4,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """One plot.
+
+    Attributes:
+      name: of its anchor in the page.
+      title: what it is of.
+      svg: text without text of others' that is not escaped.
+      caption: what to see in it, units, n.
+      columns, rows: its numbers, as text.
+    """
+
+    name: str
+    title: str
+    svg: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def draw(name: str, title: str, height: float, paint: Callable[[Figure], None]) -> str:
+    """The SVG of a figure of so many inches, after `paint` has drawn on it."""
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure((WIDTH, height), layout="constrained")
+        figure.patch.set_alpha(0)
+        FigureCanvasSVG(figure)
+        paint(figure)
+        for axes in figure.axes:
+            axes.patch.set_alpha(0)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return inline(file.getvalue(), name, title)
+
+
+def inline(svg: str, name: str, title: str) -> str:
+    """An SVG file's text as a part of a page: its ids are its own, and its black is the page's."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    referenced = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", svg))
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in referenced else "", svg)
+    svg = re.sub(r"(url\(#|href=\"#)", rf"\1{name}-", svg)
+    for placeholder, colour in PAGE_COLOURS.items():
+        svg = svg.replace(placeholder, colour)
+    svg = re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg, 1)
+    svg = re.sub(r"(-?\d+\.\d\d)\d+", r"\1", svg)  # hundredths of a unit are enough
+    svg = re.sub(r"font: (?:[\w.]+ )?([\d.]+)px [^;\"]+", r"font-size: \1px", svg)
+    return re.sub(r"\n\s*", "\n", svg)
+
+
+# --- Numbers as text ---
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """With its sign; nothing for None."""
+    return "" if value is None else f"{value:+.{digits}f}"
+
+
+def of_error(value: float, error: float | None, digits: int = 2) -> str:
+    """A signed value with its error."""
+    return signed(value, digits) + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def milliseconds(value: float) -> str:
+    """Three digits or more."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def time_cells(samples: Sequence[float]) -> list[str]:
+    """Median, least, most, n."""
+    return [*map(milliseconds, (statistics.median(samples), min(samples), max(samples))), str(len(samples))]
+
+
+# --- Quality ---
+
+
+def change_by_window(report: Mapping[str, Any]) -> Plot:
+    """The paired change of perplexity of each test window."""
+    quality = report["quality"]
+    windows, tokens = quality["by_window"], report["config"]["seq_len"]
+    changes = [100 * np.expm1(window["delta_log_ppl"]) for window in windows]
+    mean, interval, error = quality["degradation_pct"], quality["interval_pct"], quality["error_pct"]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        if interval:
+            axes.axvspan(*interval, color=ORANGE, alpha=0.18, lw=0)
+        axes.axvline(0, color=INK, lw=1)
+        axes.axvline(SUCCESS_PCT, color=INK, lw=1, ls=":")
+        axes.axvline(mean, color=ORANGE, lw=2)
+        axes.plot(changes, range(1, len(changes) + 1), "o", color=BLUE, ms=7)
+        axes.set(xlabel="change of perplexity, %  (right is worse)", ylabel="test window")
+        axes.set_ylim(len(changes) + 0.6, 0.4)
+        axes.yaxis.set_major_locator(MaxNLocator(min(len(changes), 10), integer=True))
+        handles = [
+            Line2D([], [], color=BLUE, marker="o", ls="", label="one window"),
+            Line2D([], [], color=ORANGE, lw=2, label="all windows"),
+            *([Patch(color=ORANGE, alpha=0.18, lw=0, label="95 % interval")] if interval else []),
+            Line2D([], [], color=INK, lw=1, ls=":", label=f"{SUCCESS_PCT:g} %"),
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=2)
+
+    reach = f"; the band is the 95 % interval (Student's t, {len(windows)} windows)" if interval else ""
+    caption = (
+        f"Each point is one test window of {tokens:,} tokens: how much worse (right of 0) or better (left) the sparse "
+        f"model predicts the same text than the dense one. The line is all windows together, "
+        f"{of_error(mean, error)} % (± one standard error){reach}. n = {quality['tokens']:,} tokens in {len(windows)} "
+        "windows. Points far apart mean that the cost depends on the text."
+    )
+    rows = [
+        [str(i), f"{w['dense_perplexity']:.3f}", f"{w['sparse_perplexity']:.3f}", signed(change), f"{w['kl']:.4f}"]
+        for i, (w, change) in enumerate(zip(windows, changes), 1)
+    ]
+    columns = ("window", "dense perplexity", "sparse perplexity", "change, %", "KL, nats")
+    title = "Change of perplexity, window by window"
+    return Plot(
+        "windows", title, draw("windows", title, 1.9 + 0.22 * min(len(windows), 12), paint), caption, columns, rows
+    )
+
+
+def divergence_tail(report: Mapping[str, Any]) -> Plot:
+    """How far the worst tokens' predictions move."""
+    kl, quality = report["quality"]["kl"], report["quality"]
+    points = [
+        (50, kl["median"]),
+        (90, kl["p90"]),
+        (95, kl["p95"]),
+        (99, kl["p99"]),
+        (99.9, kl["p999"]),
+        (100, kl["max"]),
+    ]
+    labels = ["half", "90 %", "95 %", "99 %", "99.9 %", "all"]
+    values = [max(value, 1e-6) for _, value in points]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot(range(6), values, "-o", color=ORANGE, ms=6)
+        axes.axhline(max(kl["mean"], 1e-6), color=BLUE, ls="--", lw=1.5, label="mean of all tokens")
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xticks(range(6), labels)
+        axes.set(xlabel="share of the tokens that lie below", ylabel="KL from dense, nats")
+        axes.legend(loc="upper left")
+
+    caption = (
+        "How far the sparse model's prediction of the next token lies from the dense one's (Kullback-Leibler divergence, "
+        "nats, logarithmic). The left end is the ordinary token, the right end the worst: a curve that climbs steeply "
+        f"means few tokens carry the damage. The likeliest token is the same for {quality['same_top1']:.1%} of "
+        f"n = {quality['tokens']:,} tokens."
+    )
+    rows = [[label, f"{value:.5f}"] for label, (_, value) in zip(labels, points)] + [["mean", f"{kl['mean']:.5f}"]]
+    title = "Divergence of the predictions, from the usual token to the worst"
+    return Plot("divergence", title, draw("divergence", title, 2.7, paint), caption, ("tokens below", "KL, nats"), rows)
+
+
+# --- Layers ---
+
+
+def layers(report: Mapping[str, Any]) -> Plot:
+    """What each layer does, whose tiles it reuses, and its density."""
+    schedule = report["schedule"]
+    count = len(schedule)
+    counts = {mode: sum(layer["mode"] == mode for layer in schedule) for mode in MODES}
+
+    def paint(figure: Figure) -> None:
+        strip, bars = figure.subplots(2, 1, sharex=True, height_ratios=[1.0, 1.3])
+        strip.set_axis_off()
+        farthest = max([1, *(i - layer["anchor"] for i, layer in enumerate(schedule) if layer["anchor"] is not None)])
+        for i, layer in enumerate(schedule):
+            strip.bar(i, 0.4, 0.86, color=MODES[layer["mode"]])
+            if layer["anchor"] is not None:
+                # Bent so that its height follows how far it reaches.
+                bend = -0.3 - 0.25 * (i - layer["anchor"]) / farthest
+                style = dict(arrowstyle="-|>", mutation_scale=6, lw=0.9, color=INK, shrinkA=1, shrinkB=1)
+                ends = (i, 0.42), (layer["anchor"], 0.42)
+                strip.add_patch(FancyArrowPatch(*ends, connectionstyle=f"arc3,rad={-bend}", **style))
+        strip.set_ylim(0, 2.0)
+        bars.bar(
+            range(count), [layer["density"] for layer in schedule], 0.86, color=[MODES[x["mode"]] for x in schedule]
+        )
+        bars.axhline(report["density"], color=INK, lw=1, ls="--")
+        bars.set(xlabel="layer", ylabel="density", ylim=(0, 1.05), xlim=(-0.8, count - 0.2))
+        bars.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        bars.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        bars.grid(axis="x", visible=False)
+        handles = [Patch(color=colour, label=f"{counts[mode]} {mode.lower()}") for mode, colour in MODES.items()]
+        handles.append(Line2D([], [], color=INK, lw=1, ls="--", label="mean"))
+        figure.legend(handles=handles, loc="outside upper left", ncols=4, columnspacing=1.2)
+
+    caption = (
+        "Top: the model's layers from first to last. A dense layer attends to everything. An anchor layer scores all key "
+        "tiles and keeps the best. A reuse layer scores nothing: its arrow leads to the anchor whose tiles it takes. "
+        f"Bottom: the share of the causal pairs of tiles that each layer attends to; {report['density']:.1%} is the mean "
+        f"of all {count}. Longer arrows, and more yellow, mean less work."
+    )
+    rows = [
+        [str(i), x["mode"].lower(), "" if x["anchor"] is None else str(x["anchor"]), f"{x['density']:.1%}", x["reason"]]
+        for i, x in enumerate(schedule)
+    ]
+    title = "What each layer does"
+    return Plot(
+        "layers", title, draw("layers", title, 3.1, paint), caption, ("layer", "mode", "anchor", "density", "why"), rows
+    )
+
+
+def similarity(report: Mapping[str, Any]) -> Plot:
+    """How alike the layers' choices of tiles are, and which pairs the schedule joined."""
+    values = np.array(report["similarity"], float)
+    count = len(values)
+    pairs = [(i, layer["anchor"]) for i, layer in enumerate(report["schedule"]) if layer["anchor"] is not None]
+    earlier = np.where(np.tri(count, k=-1, dtype=bool), np.maximum(values, values.T), np.nan)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(earlier, cmap="cividis", vmin=0, vmax=1, interpolation="none")
+        axes.plot(
+            [a for _, a in pairs], [i for i, _ in pairs], "o", mfc="none", mec=ORANGE, mew=1.6, ms=max(3, 150 / count)
+        )
+        axes.set(xlabel="earlier layer, whose tiles would be used", ylabel="layer that would use them")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.grid(visible=False)
+        bar = figure.colorbar(image, ax=axes, shrink=0.85)
+        bar.outline.set_visible(False)
+        bar.set_label("Jaccard similarity of their tiles")
+        if pairs:
+            handle = Line2D(
+                [], [], marker="o", ls="", mfc="none", mec=ORANGE, mew=1.6, label="pair that the schedule joins"
+            )
+            axes.legend(handles=[handle], loc="upper right")
+
+    text = report["texts"].get("calibration")
+    caption = (
+        "Each square compares two layers: of the key tiles that either would keep on the calibration text, the share that "
+        "both would (Jaccard similarity, 0 to 1, mean over query tiles and heads, each head with its best partner"
+        + (f"; {text['windows']} windows of {text['tokens_per_window']:,} tokens" if text else "")
+        + "). Bright squares are pairs in which the later layer loses little by reusing. Circles mark the pairs that the "
+        "schedule joins; circles on dark squares are where damage comes from."
+    )
+    rows = [[str(i), str(a), f"{earlier[i, a]:.3f}"] for i, a in pairs]
+    title = "Which layers choose the same tiles"
+    columns = ("layer", "reuses", "similarity")
+    return Plot("similarity", title, draw("similarity", title, 3.9, paint), caption, columns, rows)
+
+
+def tile_map(report: Mapping[str, Any], found: Mapping[str, Any]) -> Plot:
+    """What one head of one layer attended to."""
+    config = report["config"]
+    size, query_size, count = config["tile_size"], config["query_tile"], found["key_tiles"]
+    kinds = ["later: never seen", "dropped", "chosen by its mass", "first tiles (sink)", "the query's own"]
+    colours = ["#00000000", "#8c8c8c40", BLUE, YELLOW, ORANGE]
+    grid = np.zeros((len(found["query_tiles"]), count), int)
+    for row, (query, ranges) in enumerate(zip(found["query_tiles"], found["tiles"])):
+        own_first, own_last = query * query_size // size, min(((query + 1) * query_size - 1) // size, count - 1)
+        grid[row, : own_last + 1] = 1
+        tiles = np.array(from_ranges(ranges), int)
+        grid[row, tiles] = 2
+        grid[row, tiles[tiles < config["sink_tiles"]]] = 3
+        grid[row, tiles[tiles >= own_first]] = 4
+    kept = found["mass_kept"]
+
+    def paint(figure: Figure) -> None:
+        axes, side = figure.subplots(1, 2, sharey=True, width_ratios=[3.2, 1])
+        axes.imshow(
+            np.array([to_rgba(colour) for colour in colours])[grid],
+            interpolation="none",
+            aspect="auto",
+            extent=(-0.5, count - 0.5, len(grid) - 0.5, -0.5),
+        )
+        axes.set(xlabel="key tile", ylabel="query tile (time runs down)")
+        ticks = np.unique(np.linspace(0, len(grid) - 1, min(len(grid), 6)).round().astype(int))
+        axes.set_yticks(ticks, [str(found["query_tiles"][tick]) for tick in ticks])
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.grid(visible=False)
+        side.plot(kept, range(len(grid)), color=GREEN, lw=1.8)
+        side.set(xlim=(0, 1.02), xlabel="mass kept")
+        side.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+        side.tick_params(axis="y", length=0)
+        handles = [
+            Patch(fc=colour, lw=0, label=kind)
+            for kind, colour in zip(kinds[1:], colours[1:])
+            if kind != kinds[3] or config["sink_tiles"]
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=2)
+
+    layer = report["schedule"][found["layer"]]
+    does = (
+        "an anchor, which chose these tiles"
+        if layer["anchor"] is None
+        else f"which reuses the tiles of layer {layer['anchor']}"
+    )
+    sample = (
+        ""
+        if len(kept) == found["query_tiles"][-1] + 1
+        else f" ({len(kept)} of {found['query_tiles'][-1] + 1} query tiles are shown)"
+    )
+    caption = (
+        f"Layer {found['layer']}, {does}; KV head {found['head']}, first test window. Each row is a query tile of "
+        f"{query_size} tokens{sample}, each column a key tile of {size} tokens. Coloured squares are attended to, grey ones are "
+        "dropped. The curve is the share of the dense model's attention mass that the coloured squares hold: "
+        f"{statistics.mean(kept):.0%} on average, {min(kept):.0%} at least. Columns that go through mean tiles that every "
+        "later token looks back to."
+    )
+    rows = [
+        [str(query), f"{share:.1%}", ranges] for query, share, ranges in zip(found["query_tiles"], kept, found["tiles"])
+    ]
+    name, title = f"tiles-{found['layer']}", f"What layer {found['layer']} looks at"
+    return Plot(
+        name, title, draw(name, title, 3.6, paint), caption, ("query tile", "mass kept", "key tiles attended to"), rows
+    )
+
+
+# --- Time ---
+
+
+def samples(axes: Axes, rows: Sequence[tuple[str, Sequence[float], str, str]]) -> None:
+    """A row of points for each (name, milliseconds, colour, marker), its median as a bar."""
+    for place, (_, times, colour, marker) in enumerate(rows):
+        spread = np.linspace(-0.12, 0.12, len(times)) if len(times) > 1 else [0]
+        axes.plot(times, place + np.asarray(spread), marker, color=colour, alpha=0.75, ms=6)
+        axes.plot([statistics.median(times)] * 2, [place - 0.3, place + 0.3], color=INK, lw=2)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(0, 1.08 * max(max(times) for _, times, _, _ in rows))
+    axes.grid(axis="y", visible=False)
+
+
+def prefill_time(report: Mapping[str, Any]) -> Plot:
+    """Every timed forward of both arms."""
+    timing, tokens = report["timing"], report["config"]["seq_len"]
+    arms = {arm: timing[f"{arm}_ms"] for arm in ("dense", "sparse")}
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        samples(axes, [(arm, times, *ARMS[arm]) for arm, times in arms.items()])
+        axes.set(xlabel=f"milliseconds for a forward of {tokens:,} tokens (left is faster)")
+
+    caption = (
+        f"Each point is one timed forward with its loss over {tokens:,} tokens, dense and sparse in turn; the bars are the "
+        f"medians (n = {len(arms['dense'])} each). Speedup: {report['speedup']:.2f}x. Where the clouds overlap, the "
+        "difference is not beyond the noise."
+    )
+    rows = [[arm, *time_cells(times)] for arm, times in arms.items()]
+    title = f"Time of a forward over {tokens:,} tokens"
+    columns = ("arm", "median, ms", "least", "most", "n")
+    return Plot("prefill", title, draw("prefill", title, 1.8, paint), caption, columns, rows)
+
+
+def decode_time(report: Mapping[str, Any]) -> Plot:
+    """Every timed decoding pass of both arms."""
+    decode = report["decode"]
+    arms = {arm: decode[arm]["ms_per_token"] for arm in ("dense", "sparse")}
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        samples(axes, [(arm, times, *ARMS[arm]) for arm, times in arms.items()])
+        axes.set(xlabel="milliseconds a token (left is faster)")
+
+    caption = (
+        f"Each point is one pass that decodes {decode['tokens']} tokens after {decode['depth']:,}, batch {decode['batch']}; "
+        f"the bars are the medians (n = {len(arms['dense'])} each). Speedup: {decode['speedup']:.2f}x. On these tokens the "
+        f"sparse model's perplexity changes by {of_error(decode['degradation_pct'], decode['error_pct'])} % (± one standard "
+        "error over tokens)."
+    )
+    rows = [[arm, *time_cells(times), f"{decode[arm]['perplexity']:.3f}"] for arm, times in arms.items()]
+    title = f"Time of a decoded token after {decode['depth']:,} tokens"
+    columns = ("arm", "median, ms", "least", "most", "n", "perplexity")
+    return Plot("decode", title, draw("decode", title, 1.8, paint), caption, columns, rows)
+
+
+def by_length(
+    name: str, title: str, measured: Sequence[Mapping[str, Any]], key: str, between: Any, what: str, arms: Sequence[str]
+) -> Plot:
+    """Both arms' times over lengths or depths, and where sparse begins to be faster."""
+    lengths = [row[key] for row in measured]
+
+    def times(arm: str) -> list[Sequence[float]]:
+        return [row[f"{arm.replace(' ', '_')}_ms"] for row in measured]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        for arm in arms:
+            colour, marker = ARMS[arm]
+            middles = [statistics.median(values) for values in times(arm)]
+            axes.plot(lengths, middles, f"-{marker}", color=colour, label=arm, lw=1.8, ms=6)
+            axes.vlines(lengths, list(map(min, times(arm))), list(map(max, times(arm))), color=colour, lw=1.2)
+        if between and between[1]:
+            axes.axvspan(between[0] or min(lengths), between[1], color=GREEN, alpha=0.15, lw=0, label="break-even")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(0)
+        axes.set(xlabel=f"{what} (each mark twice the last is the same step)", ylabel="milliseconds")
+        axes.set_xlabel(f"{what}, logarithmic")
+        figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
+
+    runs = len(measured[0]["dense_ms"])
+    caption = f"Median time by {what}; the strokes reach from the least to the most of n = {runs} runs. {_break_even(between)}"
+    rows = [
+        [
+            f"{row[key]:,}",
+            *(milliseconds(statistics.median(times(arm)[i])) for arm in arms),
+            f"{row['speedup']:.2f}x",
+            f"{row['density']:.1%}",
+        ]
+        for i, row in enumerate(measured)
+    ]
+    columns = (what, *(f"{arm}, ms" for arm in arms), "speedup", "density")
+    return Plot(name, title, draw(name, title, 2.8, paint), caption, columns, rows)
+
+
+def _break_even(between: Any) -> str:
+    if not between:
+        return "No length was measured."
+    slower, faster = between
+    if faster is None:
+        return f"Sparse is not faster even at {slower:,} tokens."
+    if slower is None:
+        return f"Sparse is faster at every length, from {faster:,} tokens on."
+    return f"Sparse begins to be faster between {slower:,} and {faster:,} tokens (the band)."
+
+
+def attention_alone(report: Mapping[str, Any]) -> Plot:
+    """One layer's attention by kind."""
+    kinds, tokens = report["timing"]["attention_ms"], report["config"]["seq_len"]
+    looks = {"dense": (BLUE, "o"), "selection": (PURPLE, "D"), "anchor": (GREEN, "^"), "reuse": (ORANGE, "s")}
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        samples(axes, [(kind, times, *looks.get(kind, (BLUE, "o"))) for kind, times in kinds.items()])
+        axes.set(xlabel="milliseconds (left is faster)")
+
+    dense = statistics.median(kinds["dense"])
+    caption = (
+        f"One layer's attention without the model around it, {tokens:,} random tokens; bars are medians (n = "
+        f"{len(kinds['dense'])}). Selection is how an anchor chooses its tiles; an anchor selects, then attends as a reuse "
+        "layer does. Reuse must lie well left of dense for sparsity to pay, and an anchor costs selection on top."
+    )
+    rows = [[kind, *time_cells(times), f"{statistics.median(times) / dense:.2f}"] for kind, times in kinds.items()]
+    title = "Attention alone, one layer"
+    columns = ("kind", "median, ms", "least", "most", "n", "of dense")
+    return Plot("attention", title, draw("attention", title, 2.3, paint), caption, columns, rows)
+
+
+# --- Trade-off and tasks ---
+
+
+def trade_off(report: Mapping[str, Any]) -> Plot:
+    """Degradation against density and against speedup."""
+    rows = report["densities"]
+    losses = [row["degradation_pct"] for row in rows]
+    errors = [row["error_pct"] or 0 for row in rows]
+
+    def panel(axes: Axes, values: Sequence[float], costs: Sequence[float], label: str) -> None:
+        front = pareto_front(costs, losses)
+        axes.errorbar(values, losses, errors, fmt="none", ecolor=BLUE, elinewidth=1.2)
+        axes.plot([values[i] for i in front], [losses[i] for i in front], "-", color=GREEN, lw=2)
+        axes.plot(values, losses, "o", color=BLUE, ms=6)
+        axes.plot([values[i] for i in front], [losses[i] for i in front], "o", color=GREEN, ms=8)
+        axes.axhline(SUCCESS_PCT, color=INK, lw=1, ls=":")
+        axes.set(xlabel=label)
+
+    def paint(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, sharey=True)
+        densities, speedups = ([row[name] for row in rows] for name in ("density", "speedup"))
+        panel(left, [100 * value for value in densities], densities, "density, %")
+        panel(right, speedups, [-value for value in speedups], "speedup, x")
+        right.axvline(1, color=INK, lw=1)
+        left.set_ylabel("change of perplexity, %")
+        handles = [
+            Line2D([], [], color=BLUE, marker="o", ls="", label="a schedule"),
+            Line2D([], [], color=GREEN, marker="o", ms=8, label="none is better in both"),
+            Line2D([], [], color=INK, lw=1, ls=":", label=f"{SUCCESS_PCT:g} %"),
+        ]
+        figure.legend(handles=handles, loc="outside upper left", ncols=3, columnspacing=1.2)
+
+    caption = (
+        f"Each point is a schedule of its own ({len(rows)} densities): what it costs in perplexity (up is worse, strokes are ± "
+        "one standard error) against the share of attention that it keeps (left panel; left is sparser) and against how "
+        f"fast it is (right panel; right is faster). Green points are the ones worth choosing from (the Pareto front). "
+        f"Forwards of {report['config']['seq_len']:,} tokens, n = {len(rows[0]['dense_ms'])} runs each."
+    )
+    table = [
+        [
+            f"{r['asked']:.0%}",
+            f"{r['density']:.1%}",
+            of_error(r["degradation_pct"], r["error_pct"]),
+            f"{r['kl_nats']:.4f}",
+            f"{r['speedup']:.2f}x",
+        ]
+        for r in rows
+    ]
+    title = "Trade-off between density, quality and time"
+    columns = ("asked", "density", "change of perplexity, %", "KL, nats", "speedup")
+    return Plot("trade-off", title, draw("trade-off", title, 2.9, paint), caption, columns, table)
+
+
+def tasks(report: Mapping[str, Any]) -> Plot:
+    """Both arms' scores on each task."""
+    found = report["tasks"]
+    names = [f"{task['task']}, {task['length']:,}" for task in found]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        for arm, shift in (("dense", -0.14), ("sparse", 0.14)):
+            colour, marker = ARMS[arm]
+            places = np.arange(len(found)) + shift
+            for place, task in zip(places, found):
+                if task[f"{arm}_ci"]:
+                    axes.plot(task[f"{arm}_ci"], [place] * 2, color=colour, lw=1.6)
+            axes.plot([task[arm] for task in found], places, marker, color=colour, ms=7, label=arm)
+        axes.set_yticks(range(len(found)), ["\n".join(wrap(name, 22)) for name in names])
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.set(xlim=(-0.03, 1.03), xlabel="share of right answers (right is better)")
+        figure.legend(loc="outside upper left", ncols=2)
+
+    caption = (
+        "Share of right answers on tasks that need facts from far back in the prompt (name, tokens of the prompt); the "
+        "strokes are 95 % intervals. Where they overlap widely, the tasks cannot tell the two apart; a task on which even "
+        "the dense model guesses says nothing about sparsity."
+    )
+    rows = [
+        [
+            name,
+            str(task["n"]),
+            _share(task["dense"], task["dense_ci"]),
+            _share(task["sparse"], task["sparse_ci"]),
+            "" if task["p_value"] is None else f"{task['p_value']:.3f}",
+            "yes" if task["discriminative"] else "no",
+        ]
+        for name, task in zip(names, found)
+    ]
+    columns = ("task, tokens", "n", "dense", "sparse", "p of the difference", "tells apart")
+    title = "Tasks"
+    return Plot("tasks", title, draw("tasks", title, 1.2 + 0.42 * len(found), paint), caption, columns, rows)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters."""
+    import textwrap
+
+    return textwrap.wrap(text, width) or [""]
+
+
+def _share(value: float, interval: Sequence[float] | None) -> str:
+    return f"{value:.0%}" + (f" [{interval[0]:.0%}, {interval[1]:.0%}]" if interval else "")
+
+
+# --- All of them ---
+
+
+def sections(report: Mapping[str, Any]) -> Iterator[tuple[str, list[Plot]]]:
+    """Headings with their plots, in the page's order; what was not measured has none."""
+    yield "Quality", [change_by_window(report), divergence_tail(report)]
+    yield "Layers", [layers(report)]
+    if report["similarity"]:
+        yield "Similarity of layers", [similarity(report)]
+    if report["tile_maps"]:
+        yield "Tiles", [tile_map(report, found) for found in report["tile_maps"]]
+    yield "Time", list(_times(report))
+    yield "Attention alone", [attention_alone(report)]
+    if report["densities"]:
+        yield "Trade-off", [trade_off(report)]
+    if report.get("tasks"):
+        yield "Tasks", [tasks(report)]
+
+
+def _times(report: Mapping[str, Any]) -> Iterator[Plot]:
+    yield prefill_time(report)
+    sweep, depths = ([row for row in report[name] if not row["skipped"]] for name in ("sweep", "decode_depths"))
+    if sweep:
+        title = "Time of a forward by length"
+        yield by_length("sweep", title, sweep, "length", report["sweep_break_even"], "tokens", ("dense", "sparse"))
+    if report["decode"]:
+        yield decode_time(report)
+    if depths:
+        title, arms = "Time of a decoded token by depth", ("dense", "keep all", "sparse")
+        yield by_length("depths", title, depths, "depth", report["decode_break_even"], "tokens in the cache", arms)

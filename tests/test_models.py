@@ -1,0 +1,124 @@
+"""Every architecture and every scaling of RoPE against transformers' logits, sparse against dense, decoding against both."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from synthetic import MODELS, model_ids, write_hf
+
+from attention.sharding import make_mesh
+from convert_weights import convert
+from kascade_core import ANCHOR, DENSE, REUSE, Selection, density_of, perplexity_of, token_nll
+from llama_model import KVCache, LlamaModel, load_weights
+from measure.layerwise import LayerRunner
+from weights.folder import read_manifest
+
+GOLDEN = np.load(Path(__file__).with_name("golden") / "models.npz")
+SPARSE = {0: (DENSE, None), 1: (ANCHOR, None), 2: (REUSE, 1)}
+ALL, SOME = Selection(tile_size=4, top_k=99), Selection(tile_size=2, top_k=3, query_tile=1, sink_tiles=1)
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """load(name): the config and the params of one of MODELS, converted once."""
+    root, done = tmp_path_factory.mktemp("models"), {}
+
+    def load(name):
+        if name not in done:
+            convert(write_hf(root / "hf" / name, MODELS[name]), root / name)
+            manifest = read_manifest(root / name)
+            done[name] = manifest.config, load_weights(root / name, manifest)
+        return done[name]
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def dense(loaded):
+    """dense(name, length): a compiled dense forward and what it gives."""
+    done = {}
+
+    def run(name, length=29):
+        if (name, length) not in done:
+            config, params = loaded(name)
+            ids = jnp.asarray(model_ids(name)[:, :length])
+            forward = LlamaModel(config, selection=ALL).compile(params, ids, with_cache=True)
+            done[name, length] = forward, forward(params, ids)
+        return done[name, length]
+
+    return run
+
+
+def assert_close(got, expected, tolerance):
+    assert np.abs(np.asarray(got) - np.asarray(expected)).max() <= tolerance * np.abs(np.asarray(expected)).max()
+
+
+@pytest.mark.parametrize("golden", GOLDEN.files)
+def test_logits_and_perplexity_equal_transformers(loaded, dense, golden):
+    name, expected = golden.split("/")[0], GOLDEN[golden]
+    config, params = loaded(name)
+    _, output = dense(name, len(expected))
+    logits = LlamaModel(config).apply(params, output.stream, method="_logits")[0]
+    assert_close(logits, expected, 1e-4)
+    perplexity = perplexity_of(token_nll(expected[:-1], jnp.asarray(model_ids(name)[0, 1 : len(expected)])))
+    assert perplexity_of(output.nll) == pytest.approx(perplexity, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_tiles_chosen_equals_dense(loaded, dense, name):
+    config, params = loaded(name)
+    ids = jnp.asarray(model_ids(name))
+    output = LlamaModel(config, SPARSE, ALL).compile(params, ids)(params, ids)
+    assert_close(output.stream, dense(name)[1].stream, 1e-5)
+
+
+def decode(config, params, name, cache, schedule=None, selection=ALL):
+    ids = jnp.asarray(model_ids(name)[:, -STEPS:])
+    decoder = LlamaModel(config, schedule, selection).compile_decode(params, cache, STEPS)
+    return decoder(params, ids, jnp.array([29 - STEPS]), cache)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_equals_the_forward(loaded, dense, name):
+    """The cache holds all tokens' keys: those behind a step's own have no weight, and are written over."""
+    config, params = loaded(name)
+    forward, output = dense(name)
+    cache = forward.fill_cache(output, 32, make_mesh([jnp.zeros(1).devices().pop()]), jnp.float32)
+    assert_close(decode(config, params, name, cache).stream, output.stream[:, -STEPS:], 1e-5)
+
+
+def test_a_sparse_step_within_a_window_chooses_and_computes_as_a_forward_of_query_tiles_of_one_row(loaded):
+    config, params = loaded("mistral_window")
+    ids = jnp.asarray(model_ids("mistral_window"))
+    forward = LlamaModel(config, SPARSE, SOME).compile(params, ids, with_cache=True)
+    output = forward(params, ids)
+    cache = forward.fill_cache(output, 32, make_mesh([jnp.zeros(1).devices().pop()]), jnp.float32)
+    steps = decode(config, params, "mistral_window", cache, SPARSE, SOME)
+    np.testing.assert_array_equal(
+        np.asarray(steps.tiles[1])[:, :, :, 0].swapaxes(1, 2), np.asarray(output.tiles[1])[:, :, -STEPS:]
+    )
+    assert_close(steps.stream, output.stream[:, -STEPS:], 1e-5)
+    selection = LlamaModel(config, SPARSE, SOME).selection
+    chosen = np.asarray(output.tiles[1])
+    assert chosen[:, :, 12:, 1:].min() > 0  # the sink is out of sight after nine tokens
+    assert density_of(chosen, selection) > density_of(chosen)
+
+
+def test_a_step_from_an_empty_cache_uses_the_short_factors(loaded, dense):
+    config, params = loaded("phi3_longrope")
+    ids = jnp.asarray(model_ids("phi3_longrope")[:, :11])
+    cache = KVCache.empty(config, 1, 12, jnp.float32)
+    steps = LlamaModel(config).compile_decode(params, cache, 11)(params, ids, jnp.array([0]), cache)
+    assert_close(steps.stream, dense("phi3_longrope", 11)[1].stream, 1e-5)
+
+
+def test_layer_by_layer_equals_the_forward_where_layers_have_no_rope(loaded, dense):
+    config, params = loaded("smollm3_nope")
+    assert config.no_rope_layers == (1,)
+    ids = jnp.asarray(model_ids("smollm3_nope"))
+    runner = LayerRunner(LlamaModel(config, selection=ALL), params, 29, make_mesh([jnp.zeros(1).devices().pop()]))
+    stream = runner.run(runner.embed(ids), 0, lambda *_: None)
+    compared = runner.compare(stream, stream, ids)
+    np.testing.assert_allclose(compared.dense_nll, np.asarray(dense("smollm3_nope")[1].nll)[0], rtol=1e-4)
