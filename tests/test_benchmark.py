@@ -37,7 +37,22 @@ from weights.tokenizers import load_tokenizer
 
 GOLDEN = Path(__file__).with_name("golden")
 NAME = "mha_llama3_tied"  # four layers, five KV heads, 33 words
-SMALL = ["--tile_size", "4", "--top_k", "3", "--seq_len", "30", "--dtype", "float32", "--n_runs", "2", "--windows", "1"]
+SMALL = [
+    "--tile_size",
+    "4",
+    "--top_k",
+    "3",
+    "--seq_len",
+    "30",
+    "--dtype",
+    "float32",
+    "--n_runs",
+    "2",
+    "--windows",
+    "1",
+    "--decode",
+    "0",
+]
 LOW = [*SMALL, "--threshold", "0.3"]  # at which two layers reuse
 EVERY_SIZE = dict(tile_size=4, top_k=5, sink_tiles=0, local_tiles=1, query_tile=8, anchor_scoring="fast")
 SHARE = dict(tile_size=4, density=0.4)
@@ -75,17 +90,18 @@ def run(folder):
 
     @functools.cache
     def run(*flags):
-        report, output, errors = folder / "out.json", io.StringIO(), io.StringIO()
-        where = ["--weights_dir", str(folder / "weights"), "--text", str(folder / "text.txt"), "--json", str(report)]
+        output, errors = io.StringIO(), io.StringIO()
+        where = ["--weights_dir", "weights", "--text", "text.txt", "--json", "out.json"]
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+            patch.chdir(folder)  # so that no path is printed that differs from run to run
             patch.setattr(benchmark, "configure_device", lambda device: configure_device(device)[:2])
             patch.setattr(benchmark, "processor_name", lambda: "Some CPU")
             patch.setattr(benchmark, "time_interleaved", known_times)
             patch.setattr(measure.timing, "time_interleaved", known_times)
             with contextlib.redirect_stderr(errors):
                 assert benchmark.main([*flags, *where]) == 0
-        told = (stream.getvalue().replace(str(folder), "FOLDER") for stream in (output, errors))
-        return Run((*flags, *where), *told, json.loads(report.read_text()), dict(KASCADE_CACHE))
+        report = json.loads((folder / "out.json").read_text())
+        return Run((*flags, *where), output.getvalue(), errors.getvalue(), report, dict(KASCADE_CACHE))
 
     return run
 
@@ -96,8 +112,8 @@ def verbose(run):
 
 
 @pytest.fixture(scope="module")
-def searched(run, folder):
-    return run(*SMALL, "--scheduler", "search", "--anchors", "1", "--save_schedule", str(folder / "schedule.json"))
+def searched(run):
+    return run(*SMALL, "--scheduler", "search", "--anchors", "1", "--save_schedule", "schedule.json")
 
 
 def flags_of(sizes):
@@ -165,7 +181,7 @@ def test_the_output_says_what_the_report_says(verbose):
         assert re.sub(r"1000\.00", "1000", line) in re.sub(r"1000\.00", "1000", verbose.output)
 
 
-def test_the_report_holds_the_run(verbose):
+def test_the_report_holds_the_run(verbose, folder):
     report = verbose.report
     assert [(row["layer"], row["mode"], row["anchor"]) for row in report["schedule"]] == [
         (0, "DENSE", None), (1, "ANCHOR", None), (2, "REUSE", 1), (3, "REUSE", 1),
@@ -177,7 +193,7 @@ def test_the_report_holds_the_run(verbose):
     assert report["speedup"] == 2
     assert list(report["timing"]["attention_ms"]) == ["dense", "selection", "anchor", "reuse"]
     assert report["model"]["num_layers"] == 4
-    assert report["model"]["fingerprint"] == read_manifest(Path(report["config"]["weights_dir"])).fingerprint
+    assert report["model"]["fingerprint"] == read_manifest(folder / "weights").fingerprint
     assert report["peak_memory_bytes"] > 1e7
     assert report["command"] == list(verbose.flags)
     # 8 query tiles, at most 3 tiles each: 1 + 2 + 6 * 3 of 36 causal pairs, in each of the three sparse layers
@@ -202,7 +218,8 @@ def model(folder):
 def window_of(run, folder):
     """The tested tokens of a run, from its report's config."""
     tokenizer = load_tokenizer(folder / "weights", read_manifest(folder / "weights").tokenizer)
-    return load_windows(tokenizer, settings_of(run), 33).test[0]
+    settings = dataclasses.replace(settings_of(run), text=folder / "text.txt")
+    return load_windows(tokenizer, settings, 33).test[0]
 
 
 def settings_of(run):
@@ -282,7 +299,19 @@ def test_the_reports_config_is_the_settings(run, verbose, searched, by_sizes, fo
 def test_the_runs_kernel_and_dtype_are_used_throughout(run, kernel_calls, monkeypatch):
     """Also layer by layer, where the search observes, and for attention alone; xla's own stand for none of them."""
     monkeypatch.delitem(KERNELS, "xla")
-    flags = [*SMALL[:6], "--windows", "1", "--n_runs", "1", "--kernel", "pallas_tpu", "--dtype", "bfloat16"]
+    flags = [
+        *SMALL[:6],
+        "--windows",
+        "1",
+        "--decode",
+        "0",
+        "--n_runs",
+        "1",
+        "--kernel",
+        "pallas_tpu",
+        "--dtype",
+        "bfloat16",
+    ]
     ran = run(*flags, "--scheduler", "search", "--anchors", "1")
     assert {name for name, _ in kernel_calls} == {"dense", "choose", "reuse"}
     assert {dtype for _, dtype in kernel_calls} == {jnp.dtype("bfloat16")}
@@ -302,7 +331,7 @@ def test_another_text_calibrates(run, verbose, folder):
     """The test text then begins at its first token."""
     other = folder / "other.txt"
     other.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 33, 40)))
-    ran = run(*LOW, "--calib_text", str(other))
+    ran = run(*LOW, "--calib_text", "other.txt")
     assert "📊 Calibrating on other.txt..." in ran.output
     assert ran.report["dense"]["perplexity"] != verbose.report["dense"]["perplexity"]
 
@@ -324,15 +353,15 @@ def test_the_programmes_anchors_are_as_many_as_asked_for(run, similarity):
     assert "(chosen by dynamic programming)" in output
 
 
-def test_a_searched_schedule_is_saved_and_loaded(run, searched, folder):
+def test_a_searched_schedule_is_saved_and_loaded(run, searched):
     assert "📋 Final Schedule: 2 REUSE, 2 ANCHOR/DENSE" in searched.output
     assert "Similarity threshold" not in searched.output
-    loaded = run("--load_schedule", str(folder / "schedule.json"), *SMALL[4:])
+    loaded = run("--load_schedule", "schedule.json", *SMALL[4:])
     assert "Calibrating" not in loaded.output
     assert loaded.report["sparse"]["perplexity"] == searched.report["sparse"]["perplexity"]
     assert loaded.report["config"]["scheduler"] == "loaded"
     assert (loaded.report["config"]["tile_size"], loaded.report["config"]["top_k"]) == (4, 3)
-    other = run("--load_schedule", str(folder / "schedule.json"), "--seq_len", "40", *SMALL[6:])
+    other = run("--load_schedule", "schedule.json", "--seq_len", "40", *SMALL[6:])
     assert "warning: the schedule was made from 30 tokens, and this run has 40" in other.errors
 
 
@@ -408,7 +437,7 @@ def files(folder):
         (["--text", "no/such/text"], "text no/such/text cannot be read: No such file or directory"),
         (["--windows", "5"], "text.txt is too short: it holds 4 window(s) of 30 tokens, and 6 are needed"),
         (["--weights_dir", "no/such/folder"], "no/such/folder"),
-        (["--load_schedule", "no/such/schedule"], "schedule no/such/schedule cannot be read"),
+        (["--load_schedule", "no/such/schedule"], "no/such/schedule cannot be read"),
         (["--top_k", "1"], "top_k must be at least 2"),
     ],
 )
@@ -457,11 +486,13 @@ def test_a_model_worse_than_guessing_writes_no_report(capsys, folder, tmp_path):
 def test_without_weights_the_default_ones_are_made_first(capsys, monkeypatch, folder, tmp_path):
     """And then the run begins; here it ends at its text."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("convert_weights.convert_default", lambda output: shutil.copytree(folder / "weights", output))
+    monkeypatch.setattr(
+        "convert_weights.convert_default", lambda output, **_: shutil.copytree(folder / "weights", output)
+    )
     with pytest.raises(SystemExit):
         benchmark.main([*SMALL, "--text", "none"])
     captured = capsys.readouterr()
-    assert "No weights in llama_weights_chunked: fetching and converting the default model" in captured.out
+    assert "No weights in llama_weights_chunked: fetching and converting the default model" in " ".join(captured.out.split())
     assert captured.err == "error: text none cannot be read: No such file or directory\n"
     assert Path("llama_weights_chunked/manifest.json").is_file()
 
@@ -469,7 +500,7 @@ def test_without_weights_the_default_ones_are_made_first(capsys, monkeypatch, fo
 def test_an_empty_default_folder_is_filled_and_another_is_not(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     made = []
-    monkeypatch.setattr("convert_weights.convert_default", made.append)
+    monkeypatch.setattr("convert_weights.convert_default", lambda output, **_: made.append(output))
     Path("llama_weights_chunked").mkdir()
     with pytest.raises(SystemExit):
         benchmark.main([*SMALL])

@@ -257,7 +257,7 @@ def test_cpu_devices_share_the_weights_memory(folders):
 
 def test_a_cpus_programs_are_scheduled_for_memory(monkeypatch):
     given = []
-    monkeypatch.setattr(jax, "jit", lambda function, compiler_options=None: given.append(compiler_options))
+    monkeypatch.setattr(jax, "jit", lambda function, **options: given.append(options["compiler_options"]))
     sharding.jit(abs, make_mesh(jax.devices()[:2]))
     sharding.jit(abs)
     assert given == [{"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}] * 2

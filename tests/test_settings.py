@@ -24,7 +24,8 @@ FLAGS = {  # every flag with a value that is not its default, and with what it n
     "save_schedule": ("s.json", Path("s.json")), "load_schedule": ("l.json", Path("l.json")),
     "weights_dir": ("w", Path("w")), "text": ("t.txt", Path("t.txt")), "calib_text": ("c.txt", Path("c.txt")),
     "seq_len": ("99", 99), "n_runs": ("2", 2), "windows": ("3", 3), "calib_windows": ("2", 2),
-    "long_ppl": (None, True, "--seq_len", "1024"), "anchor_layers": ("3,1", (1, 3)),
+    "decode": ("8", 8), "batch": ("2", 2), "prefill": ("dense", "dense"), "depths": ("64,32", (32, 64)),
+    "generate": ("9", 9), "long_ppl": (None, True, "--seq_len", "1024"), "anchor_layers": ("3,1", (1, 3)),
     "head_maps": ("m.npy", Path("m.npy"), "--anchor_layers", "1"), "dtype": ("bfloat16", "bfloat16"), "kernel": ("xla", "xla"),
     "json": ("j.json", Path("j.json")), "sweep": ("64,32,64", (32, 64)), "verbose": (None, True),
     "quiet": (None, True), "debug": (None, True),
@@ -88,8 +89,8 @@ def test_three_of_ten_layers_are_anchors(layers, anchors):
 
 def test_the_threshold_rule_needs_no_anchors_of_any_model():
     one_layer = dataclasses.replace(CONFIG, num_hidden_layers=1)
-    assert Settings().for_model(one_layer) == Settings()
-    with pytest.raises(InputError, match="anchors must be from 1 to 0, for layer 0 of the 1 is dense, got 1"):
+    assert Settings(depths=()).for_model(one_layer) == Settings(depths=())
+    with pytest.raises(InputError, match="scheduler dp needs a second layer, for layer 0 is dense; use threshold"):
         Settings(scheduler=DP).for_model(one_layer)
     with pytest.raises(InputError, match="anchors must be from 1 to 3, for layer 0 of the 4 is dense, got 4"):
         Settings(scheduler=SEARCH, anchors=4).for_model(CONFIG)
