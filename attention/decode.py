@@ -160,11 +160,15 @@ def _places(tiles_BK1C: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _gather(x_ZSH: jax.Array, places_ZC: jax.Array, tile_size: int) -> jax.Array:
     """The named tiles' rows, [Z, C M, H]."""
-    Z, S, H = x_ZSH.shape
-    P = S // tile_size
-    tiles = x_ZSH.reshape(Z * P, tile_size * H)  # a tile is one piece
+    (Z, S, H), M = x_ZSH.shape, tile_size
     # The barriers have the indices computed once, not for every number that is copied, and the copy shared between
     # cores by tiles, not by heads, which may be fewer than the cores.
-    index = jax.lax.optimization_barrier((jnp.arange(Z)[:, None] * P + places_ZC).reshape(-1))
-    rows = jax.lax.optimization_barrier(tiles.at[index].get(mode="promise_in_bounds"))
-    return rows.reshape(Z, -1, H)
+    index = jax.lax.optimization_barrier((jnp.arange(Z)[:, None] * (S // M) + places_ZC).reshape(-1))
+
+    def take(shape: tuple[int, ...], x_ZSH: jax.Array, index: jax.Array) -> jax.Array:
+        return x_ZSH.reshape(-1, *shape).at[index].get(mode="promise_in_bounds").reshape(-1, M, H)
+
+    # A tile is copied as one piece; on a TPU, whose memory is tiled by rows and columns, such a view would be a copy.
+    whole, rows = partial(take, (M * H,)), partial(take, (M, H))
+    tiles = jax.lax.optimization_barrier(jax.lax.platform_dependent(x_ZSH, index, tpu=rows, default=whole))
+    return tiles.reshape(Z, -1, H)

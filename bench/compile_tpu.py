@@ -2,8 +2,8 @@
 
 The TPU's compiler (the package libtpu) runs on any Linux machine. Each row is one program for one chip of a topology:
 a layer's dense, anchor or reuse attention, or a whole block, of a LLaMA's shape, in bfloat16, with tiles of 128 and
-Top-K 10 % of the tiles; then one layer's step of decoding, with the cache that it reads. FLOPs are those of the matrix products in the traced program, times the steps of loops and
-grids that they are in.
+Top-K 10 % of the tiles; then one layer's step of decoding, with the cache that it reads. FLOPs are those of the matrix
+products in the traced program, times the steps of loops and grids that they are in.
 
   python -m bench.compile_tpu --markdown table.md        # needs: pip install -r bench/requirements-tpu.txt
 """
