@@ -40,7 +40,8 @@ LIMIT_WINDOWS = (3, 8)  # of the calibration text with max_degradation: at least
 LEAST = {  # of the flags that are whole numbers; those of a selection check themselves
     **dict.fromkeys(("tile_size", "top_k", "query_tile"), 1),
     **dict.fromkeys(("sink_tiles", "local_tiles", "min_tiles", "decode", "generate"), 0),
-    **dict.fromkeys(("max_reuse_dist", "anchors", "n_runs", "windows", "calib_windows", "batch", "task_len", "task_n"), 1),
+    **dict.fromkeys(("max_reuse_dist", "anchors", "n_runs", "windows", "calib_windows"), 1),
+    **dict.fromkeys(("batch", "task_len", "task_n"), 1),
     "seq_len": 2,
 }
 
