@@ -51,7 +51,7 @@ class Answerer:
         self.dtype = jnp.dtype(CACHE_DTYPE.get(device.platform, models[DENSE_ARM].dtype))
         tile_size = math.lcm(*(model.selection.tile_size for model in models.values()))
         self.size = tile_count(length + ANSWER_ROOM, tile_size) * tile_size
-        check_cache_fits(models[DENSE_ARM], CANDIDATES, self.size, self.dtype, device)
+        check_cache_fits(models[DENSE_ARM], CANDIDATES, self.size, device)
         self.step_params = on_first_device(params, mesh)
         ids_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)
         with ThreadPoolExecutor(len(models)) as pool:  # the compiler leaves Python's lock

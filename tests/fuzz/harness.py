@@ -28,7 +28,8 @@ from convert_weights import convert
 from errors import InputError
 from weights.config import chunk_shapes, layer_chunk
 from weights.folder import _read_chunk, read_manifest, sha256_of
-from weights.sources import check_names, open_checkpoint, read_arrays
+from weights.sources import open_checkpoint
+from weights.tensors import check_names, read_arrays
 from weights.tokenizers import from_hugging_face, from_meta, load_tokenizer
 
 SLOWEST = 10  # seconds that a case may take
