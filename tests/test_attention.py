@@ -131,8 +131,8 @@ def run(function, kernel, shape, q, k, v=None, tiles=None, **options):
     return compiled(function, layout, kernel, avals, tuple(options.items()))(*args)
 
 
-def dense(kernel, shape, q, k, v):
-    return np.asarray(run(attention.dense, kernel, shape, q, k, v)[:, : shape.T])
+def dense(kernel, shape, q, k, v, **options):
+    return np.asarray(run(attention.dense, kernel, shape, q, k, v, **options)[:, : shape.T])
 
 
 def choose(kernel, shape, q, k, selection):
@@ -175,8 +175,10 @@ def naive_attention(q, k, v, visible, dtype=np.float64):
     return out.reshape(q.shape)
 
 
-def causal(T):
-    return np.tri(T, dtype=bool)[None, None, None]
+def causal(T, window=None):
+    """With a window, each row sees so many keys at most, its own among them."""
+    distance = np.arange(T)[:, None] - np.arange(T)
+    return ((distance >= 0) & (distance < (window or T)))[None, None, None]
 
 
 def visible_tiles(tiles, tile_size, query_tile, T):
@@ -212,7 +214,7 @@ def naive_choice(q, k, selection):
     (B, T, _, _), K, M, Y = q.shape, k.shape[1], selection.tile_size, selection.query_tile
     Q, P = tile_count(T, Y), tile_count(T, M)
     mass = np.zeros((B, K, q.shape[2] // K, Q * Y, P * M))
-    mass[..., :T, :T] = naive_probabilities(q, k, causal(T), np.float64)
+    mass[..., :T, :T] = naive_probabilities(q, k, causal(T, selection.window), np.float64)
     mass = mass.reshape(B, K, -1, Q, Y, P, M)
     if selection.anchor_scoring == FAST:  # four rows, the first and the last among them
         mass = mass[:, :, :, :, [round(i) for i in np.linspace(0, Y - 1, min(4, Y)) // 1]]
@@ -222,7 +224,12 @@ def naive_choice(q, k, selection):
         own = own_tiles(t, M, Y, T)
         past = mass[b, h, t, : own[0]]
         past[: selection.sink_tiles] = past[max(own[0] - selection.local_tiles, 0) :] = np.inf
-        best = [*own, *np.argsort(-past, kind="stable")][: tiles.shape[-1]]
+        seen = [
+            tile
+            for tile in np.argsort(-past, kind="stable")
+            if causal(T, selection.window)[0, 0, 0, t * Y, : (tile + 1) * M][tile * M :].any()
+        ]
+        best = [*own, *seen][: tiles.shape[-1]]
         tiles[b, h, t, : len(best)] = best
     return tiles
 
@@ -306,6 +313,29 @@ def test_reuse_of_all_tiles_equals_dense(kernel, shape):
     all_P = np.arange(tile_count(shape.T, shape.tile_size), dtype=np.int32)
     tiles = np.broadcast_to(np.where(all_P <= all_P[:, None], all_P, NO_TILE), (shape.B, shape.K, *[len(all_P)] * 2))
     check_error(reuse(kernel, shape, *qkv, tiles, selection=Selection(tile_size=shape.tile_size)), qkv, causal(shape.T))
+
+
+WINDOWS = [  # several blocks of keys, some out of sight; a window of no whole tiles, one within a tile, one beyond the text
+    ("xla", XLA[4], 16, 41),
+    ("xla", XLA[0], 8, 3),
+    full("xla", XLA[0], 4, 99),
+    ("pallas_tpu", TPU[0], 32, 140),
+    ("pallas_gpu", GPU[0], 16, 40),
+    full("pallas_gpu", GPU[2], 64, 129),
+]
+
+
+@pytest.mark.parametrize(("kernel", "shape", "query_tile", "window"), WINDOWS)
+def test_a_sliding_window_is_a_mask_in_every_mode(kernel, shape, query_tile, window):
+    dtype = DTYPES[kernel][0]
+    qkv, tiles = inputs(shape, dtype), random_tiles(shape, query_tile)
+    seen = causal(shape.T, window)
+    check_error(dense(kernel, shape, *qkv, window=window), qkv, seen)
+    slots = max(shape.top_k, 1 + query_tile // shape.tile_size)
+    selection = Selection(tile_size=shape.tile_size, top_k=slots, query_tile=query_tile, window=window)
+    np.testing.assert_array_equal(choose(kernel, shape, *qkv[:2], selection), naive_choice(*qkv[:2], selection))
+    got = reuse(kernel, shape, *qkv, tiles, selection=selection)
+    check_error(got, qkv, visible_tiles(tiles, shape.tile_size, query_tile, shape.T) & seen)
 
 
 @pytest.mark.parametrize(("kernel", "shape"), ONE_SHAPE)

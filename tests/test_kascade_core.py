@@ -93,6 +93,22 @@ def test_a_query_tile_keeps_all_its_own_tiles_and_sees_none_after_them():
     )  # the last is short
 
 
+@pytest.mark.parametrize(
+    ("window", "rows"),
+    [  # tiles of two tokens: with three keys the first row reaches into the tile before, with four into one more
+        (3, [[0, X, X], [1, 0, X], [2, 1, X], [3, 2, X]]),
+        (4, [[0, X, X], [1, 0, X], [2, 0, 1], [3, 2, 1]]),
+    ],
+)
+def test_tiles_outside_of_the_window_are_not_seen_and_not_counted(window, rows):
+    selection = Selection(tile_size=2, top_k=3, window=window)
+    scores = jnp.zeros((1, 1, 4, 4)).at[..., 3, 2].set(1.0)
+    tiles = core.select_tiles(scores, selection)
+    np.testing.assert_array_equal(tiles[0, 0], rows)
+    assert core.density_of(tiles, selection) == 1.0 > core.density_of(tiles)
+    np.testing.assert_array_equal(core.seen_tiles(tiles, selection)[0, 0], (np.array(rows) != X).sum(-1))
+
+
 def test_query_tiles_smaller_than_the_key_tile_share_its_place():
     scores = [[0.0, 0, 0], [0, 0, 0], [3, 0, 0], [3, 0, 0], [3, 4, 0], [4, 3, 0]]  # halves of key tiles
     chosen = select(scores, tile_size=8, query_tile=4, top_k=2)

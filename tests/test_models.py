@@ -1,13 +1,15 @@
 """Every architecture and every scaling of RoPE against transformers' logits, sparse against dense, decoding against both."""
 
+import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from synthetic import MODELS, model_ids, write_hf
 
-from attention.sharding import make_mesh
+from attention.sharding import make_mesh, place
 from convert_weights import convert
 from kascade_core import ANCHOR, DENSE, REUSE, Selection, density_of, perplexity_of, token_nll
 from llama_model import KVCache, LlamaModel, load_weights
@@ -85,7 +87,7 @@ def test_decoding_equals_the_forward(loaded, dense, name):
     """The cache holds all tokens' keys: those behind a step's own have no weight, and are written over."""
     config, params = loaded(name)
     forward, output = dense(name)
-    cache = forward.fill_cache(output, 32, make_mesh([jnp.zeros(1).devices().pop()]), jnp.float32)
+    cache = forward.fill_cache(output, 32, make_mesh(jax.devices()[:1]), jnp.float32)
     assert_close(decode(config, params, name, cache).stream, output.stream[:, -STEPS:], 1e-5)
 
 
@@ -94,7 +96,7 @@ def test_a_sparse_step_within_a_window_chooses_and_computes_as_a_forward_of_quer
     ids = jnp.asarray(model_ids("mistral_window"))
     forward = LlamaModel(config, SPARSE, SOME).compile(params, ids, with_cache=True)
     output = forward(params, ids)
-    cache = forward.fill_cache(output, 32, make_mesh([jnp.zeros(1).devices().pop()]), jnp.float32)
+    cache = forward.fill_cache(output, 32, make_mesh(jax.devices()[:1]), jnp.float32)
     steps = decode(config, params, "mistral_window", cache, SPARSE, SOME)
     np.testing.assert_array_equal(
         np.asarray(steps.tiles[1])[:, :, :, 0].swapaxes(1, 2), np.asarray(output.tiles[1])[:, :, -STEPS:]
@@ -104,6 +106,17 @@ def test_a_sparse_step_within_a_window_chooses_and_computes_as_a_forward_of_quer
     chosen = np.asarray(output.tiles[1])
     assert chosen[:, :, 12:, 1:].min() > 0  # the sink is out of sight after nine tokens
     assert density_of(chosen, selection) > density_of(chosen)
+
+
+def test_two_devices_choose_and_compute_the_same_within_a_window(loaded):
+    config, params = loaded("mistral_window")
+    mesh, ids = make_mesh(jax.devices()[:2]), jnp.asarray(model_ids("mistral_window"))
+    model = LlamaModel(config, SPARSE, dataclasses.replace(SOME, query_tile=2))
+    expected = model.compile(params, ids)(params, ids)
+    params = jax.tree.map(lambda leaf: place(leaf, mesh), params)
+    got = model.compile(params, ids, mesh)(params, ids)
+    np.testing.assert_array_equal(got.tiles[1], expected.tiles[1])
+    assert_close(got.stream, expected.stream, 1e-5)
 
 
 def test_a_step_from_an_empty_cache_uses_the_short_factors(loaded, dense):
@@ -118,7 +131,7 @@ def test_layer_by_layer_equals_the_forward_where_layers_have_no_rope(loaded, den
     config, params = loaded("smollm3_nope")
     assert config.no_rope_layers == (1,)
     ids = jnp.asarray(model_ids("smollm3_nope"))
-    runner = LayerRunner(LlamaModel(config, selection=ALL), params, 29, make_mesh([jnp.zeros(1).devices().pop()]))
+    runner = LayerRunner(LlamaModel(config, selection=ALL), params, 29, make_mesh(jax.devices()[:1]))
     stream = runner.run(runner.embed(ids), 0, lambda *_: None)
     compared = runner.compare(stream, stream, ids)
     np.testing.assert_allclose(compared.dense_nll, np.asarray(dense("smollm3_nope")[1].nll)[0], rtol=1e-4)
