@@ -12,6 +12,11 @@ that of a model of 1 dense, 4 anchor and 27 reuse layers over one of 32 dense la
 
 from __future__ import annotations
 
+import errors
+
+if __name__ == "__main__":
+    errors.stop_on_ctrl_c()  # before the imports, which take seconds
+
 import argparse
 import dataclasses
 import math
@@ -360,4 +365,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(errors.run(main))

@@ -13,6 +13,11 @@ that file, as it is quantised and in float32.
 
 from __future__ import annotations
 
+import errors
+
+if __name__ == "__main__":
+    errors.stop_on_ctrl_c()  # before the imports, which take seconds
+
 import argparse
 import dataclasses
 import importlib.metadata
@@ -38,7 +43,7 @@ from bench.compare_transformers import (
     reset_peak_memory,
     settings_of,
 )
-from errors import InputError, Parser, exit_on_bad_input
+from errors import InputError, Parser, ctrl_c_raises, exit_on_bad_input
 from report.tables import markdown, markdown_row, spread
 from weights.config import LlamaConfig
 from weights.folder import DEFAULT_WEIGHTS, read_manifest
@@ -398,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     parts = [describe(args) + "\n" + markdown(COLUMNS, [])]
     print(parts[0], end="", flush=True)
-    with exit_on_bad_input(), tempfile.TemporaryDirectory() as folder:
+    with exit_on_bad_input(), ctrl_c_raises(), tempfile.TemporaryDirectory() as folder:
         settings_of(args.depths[0], args)  # checks the flags
         workers = start_workers(args, Path(folder))
         for rows in measure(args, workers):
@@ -412,4 +417,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(errors.run(main))

@@ -11,6 +11,11 @@ Its dtypes are both timed at the shortest length, and the faster one at the othe
 
 from __future__ import annotations
 
+import errors
+
+if __name__ == "__main__":
+    errors.stop_on_ctrl_c()  # before the imports, which take seconds
+
 import argparse
 import dataclasses
 import importlib.metadata
@@ -361,4 +366,4 @@ def compare_lengths(args: argparse.Namespace, windows: Sequence[Windows]) -> Ite
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(errors.run(main))

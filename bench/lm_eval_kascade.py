@@ -12,6 +12,11 @@ decoded, so that nothing depends on the padding.
 
 from __future__ import annotations
 
+import errors
+
+if __name__ == "__main__":
+    errors.stop_on_ctrl_c()  # before the imports, which take seconds
+
 import argparse
 import dataclasses
 import itertools
@@ -343,4 +348,4 @@ def cell(values: Mapping[str, Any], key: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(errors.run(main))

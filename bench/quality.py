@@ -11,6 +11,11 @@ reuse. Each finished window is a row of the CSV file, so that an interrupted run
 
 from __future__ import annotations
 
+import errors
+
+if __name__ == "__main__":
+    errors.stop_on_ctrl_c()  # before the imports, which take seconds
+
 import argparse
 import dataclasses
 import html
@@ -29,7 +34,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from attention.sharding import make_mesh, pad_axis
-from errors import InputError, Parser, exit_on_bad_input
+from errors import InputError, Parser, ctrl_c_raises, exit_on_bad_input
 from kascade_core import (
     ANCHOR,
     DENSE,
@@ -445,7 +450,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures what the CSV file lacks, and prints the table."""
     args = parse_args(argv)
-    with exit_on_bad_input():
+    with exit_on_bad_input(), ctrl_c_raises():
         results = ResultsFile(args.csv, COLUMNS)
         mesh = make_mesh(configure_device("cpu"))
         manifest = read_manifest(args.weights_dir)
@@ -462,4 +467,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(errors.run(main))

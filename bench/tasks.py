@@ -10,6 +10,11 @@ windows of the tasks' length, since its budgets are numbers of tiles.
 
 from __future__ import annotations
 
+import errors
+
+if __name__ == "__main__":
+    errors.stop_on_ctrl_c()  # before the imports, which take seconds
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -122,4 +127,4 @@ def table(results: ResultsFile) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(errors.run(main))

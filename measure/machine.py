@@ -58,12 +58,17 @@ def configure_device(device: str) -> list[jax.Device]:
         raise InputError(f"JAX sees no {device.upper()} here: {advice}") from error
 
 
+QUOTA_FILES = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # of control groups 2 and 1
+
+
 def usable_cores() -> int:
     """CPU cores that this process may use: its affinity, and its control group's quota where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(math.ceil(int(quota) / int(period)), 1))  # "max" is no number: no quota
+    for files in QUOTA_FILES:
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join(Path("/sys/fs/cgroup", name).read_text() for name in files).split()
+            if int(quota) > 0:  # "max" and -1: no quota
+                cores = min(cores, max(math.ceil(int(quota) / int(period)), 1))
     return cores
 
 

@@ -436,20 +436,6 @@ def test_a_hostile_schedule_is_one_sentence(capsys, given, tmp_path, weights, ch
     assert re.match(f"error: {path}: {sentence}", said) and len(said) < 700
 
 
-def test_a_loaded_schedule_brings_its_sizes_needs_one_window_and_tells_another_length(capsys, given, tmp_path):
-    path, short = tmp_path / "schedule.json", tmp_path / "short.txt"
-    assert benchmark.main([*SMALL, *NO_DECODING, *given, "--quiet", "--save_schedule", str(path)]) == 0
-    words = Path(given[3]).read_text().split()
-    short.write_text(" ".join(words[200:221]))
-    flags = ["--n_runs", "1", "--dtype", "float32", *NO_DECODING, "--windows", "1", "--seq_len", "20"]
-    capsys.readouterr()
-    assert benchmark.main([*flags, *given[:2], "--text", str(short), "--load_schedule", str(path)]) == 0
-    captured = capsys.readouterr()
-    assert captured.err.startswith("warning: the schedule was made from 16 tokens, and this run has 20\n")
-    assert "Calibrati" not in captured.out and "tile 4, Top-K 3" not in captured.out
-    assert "tile 4" in captured.out
-
-
 def test_fewer_than_64_predictions_warn_of_a_model_that_is_worse_than_guessing(capsys, weights, tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).permutation(33)))
     flags = [*SMALL, *NO_DECODING, "--quiet", "--weights_dir", str(weights), "--text", str(tmp_path / "text.txt")]
