@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
 import statistics
 import sys
@@ -185,8 +186,7 @@ def serve_transformers(connection: Any, args: argparse.Namespace, dtype: str, th
         from transformers import DynamicCache
 
         cache = DynamicCache(config=model.config)
-        hidden = model.model(torch.from_numpy(job.windows.astype(np.int64)), past_key_values=cache).last_hidden_state
-        first = model.lm_head(hidden[:, -1:]).argmax(-1)
+        first = likeliest(model, torch.from_numpy(job.windows.astype(np.int64)), cache)
         return {f"transformers, {dtype}": Prefilled("", partial(decode_transformers, model, cache, first))}
 
     serve(connection, prepare)
@@ -194,13 +194,19 @@ def serve_transformers(connection: Any, args: argparse.Namespace, dtype: str, th
 
 def decode_transformers(model: Any, cache: Any, first: Any) -> np.ndarray:
     """STEPS greedy tokens after `first`; the cache is as long as before afterwards."""
-    prefilled, ids, found = cache.get_seq_length(), first, []
+    ids, found = first, []
     for _ in range(STEPS):
-        hidden = model.model(ids, past_key_values=cache).last_hidden_state
-        ids = model.lm_head(hidden).argmax(-1)
+        ids = likeliest(model, ids, cache)
         found.append(ids)
-    cache.crop(prefilled)
+    cache.crop(-STEPS)
     return np.concatenate(found, axis=1)
+
+
+def likeliest(model: Any, ids: Any, cache: Any) -> Any:
+    """The likeliest token after the last of ids [B, T], [B, 1]; the cache grows by T."""
+    name = "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"  # the old one
+    hidden = model.model(ids, **{name: cache}).last_hidden_state
+    return model.lm_head(hidden[:, -1:]).argmax(-1)
 
 
 # --- llama.cpp's ---
