@@ -265,7 +265,7 @@ class Settings:
             parser.error(str(error))
 
     def check_files(self) -> None:
-        """Opens what is to be read later, and tables that are to be gone on with, before anything that takes long, such as fetching weights.
+        """Opens what is to be read later, and tables to add to, before anything takes long, as fetching weights does.
 
         Raises:
           InputError: a file that is missing or cannot be read; a table with other columns.
