@@ -225,7 +225,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         attention_ms=attention_ms,
         long_context=long_context,
         texts=texts_used(windows, settings),
-        similarity_LL=None if settings.load_schedule else calibration.similarity_LL,
+        similarity=None if settings.load_schedule else calibration.similarity,
     )
     if settings.html:
         maps = map_tiles(model_dense, params, test_ids, model_sparse.schedule, attended, mesh)

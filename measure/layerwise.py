@@ -204,7 +204,7 @@ class Calibration:
         return other
 
     @cached_property
-    def similarity_LL(self) -> np.ndarray:
+    def similarity(self) -> np.ndarray:
         """Jaccard similarity of the tiles that the layers would choose, `kascade_core.similarity_matrix`."""
         if "tiles" in self.__dict__ or "observations" not in self.__dict__:
             return similarity_matrix(self.tiles)

@@ -25,6 +25,7 @@ def page(report: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["tied"] = tied
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         report=report,
@@ -48,6 +49,11 @@ def plain(value: Any) -> Any:
     return value.translate(TURNING) if isinstance(value, str) else value
 
 
+def tied(text: str) -> str:
+    """A sentence whose numbers keep their "±" and "%" on their line."""
+    return text.replace(" ±", "\u00a0±").replace("± ", "±\u00a0").replace(" %", "\u00a0%")
+
+
 def headline(report: Mapping[str, Any]) -> str:
     """The answer in one sentence."""
     quality = report["quality"]
@@ -58,7 +64,8 @@ def headline(report: Mapping[str, Any]) -> str:
     cost = plots.of_error(quality["degradation_pct"], quality["error_pct"], 1)
     here = f"this {report['device']['platform'].upper()}"
     speed = " and ".join(filter(None, [_prefill_speed(report), _decoding_speed(report)]))
-    return f"Keeping {report['density']:.0%} of the attention costs this model {cost} % perplexity on this text; {speed} on {here}."
+    kept = f"Keeping {report['density']:.0%} of the attention"
+    return f"{kept} costs this model {cost} % perplexity on this text; {speed} on {here}."
 
 
 def _prefill_speed(report: Mapping[str, Any]) -> str:
@@ -89,7 +96,8 @@ def verdict(report: Mapping[str, Any]) -> str:
         return f"The cost is under {limit}, by more than two standard errors.{reach}"
     if quality["verdict"] == FAILED:
         return f"The cost is above {limit}, by more than two standard errors.{reach}"
-    return f"{quality['windows']} window(s) cannot tell whether the cost is under {limit}: more --windows would.{reach}"
+    windows = "One window" if quality["windows"] == 1 else f"{quality['windows']} windows"
+    return f"{windows} cannot tell whether the cost is under {limit}; more (--windows) could.{reach}"
 
 
 def card(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -99,10 +107,7 @@ def card(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Model", f"{model['name']}: {model['num_layers']} layers, {size}"
     for role, text in report["texts"].items():
         hashed = f"SHA-256 of the ids {text['ids_sha256'][:12]}…"
-        yield (
-            f"Text, {role}",
-            f"{text['name']}: {text['windows']} windows of {text['tokens_per_window']:,} tokens ({hashed})",
-        )
+        yield f"Text, {role}", f"{text['name']}: {plots.windows_of(text)} ({hashed})"
     kind = device["processor"] if device["platform"] == "cpu" else device["kind"]
     yield "Device", f"{device['count']} {device['platform'].upper()} device(s), {kind}"
     yield "Computed in", f"{config['dtype']}, attention by {report['kernel']}"
@@ -124,11 +129,8 @@ def shown(value: Any) -> str:
     """A setting's value."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return (
-        {None: "not given", True: "yes", False: "no"}.get(value, str(value))
-        if not isinstance(value, (int, float)) or isinstance(value, bool)
-        else str(value)
-    )
+    words = {None: "not given", True: "yes", False: "no"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def limits(report: Mapping[str, Any]) -> Iterator[str]:

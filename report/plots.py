@@ -10,8 +10,10 @@ import dataclasses
 import io
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from xml.sax.saxutils import escape
 
 import matplotlib
 import numpy as np
@@ -28,7 +30,8 @@ from report.results import SUCCESS_PCT, from_ranges, pareto_front
 # Okabe and Ito's colours, which colour-blind people can tell apart; arms differ in shape as well.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 INK, FAINT = "#010203", "#040506"  # stand for the page's own colours
-PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--faint)"}
+PAGE_COLOURS = {INK: "currentColor", FAINT: "var(--faint)", "#0072b2": "var(--blue)"}  # lighter on dark pages
+TILE_BLUE = "#0073b2"  # of images, whose colours are the same on every page
 ARMS = {"dense": (BLUE, "o"), "sparse": (ORANGE, "s"), "keep all": (GREEN, "^")}
 MODES = {"DENSE": "#7f7f7f", "ANCHOR": BLUE, "REUSE": YELLOW}
 WIDTH = 5.0  # inches of 72 units
@@ -98,13 +101,23 @@ def inline(svg: str, name: str, title: str) -> str:
     svg = re.sub(r"(url\(#|href=\"#)", rf"\1{name}-", svg)
     for placeholder, colour in PAGE_COLOURS.items():
         svg = svg.replace(placeholder, colour)
-    svg = re.sub(r'<svg[^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg, 1)
+    svg = re.sub(
+        r'<svg[^>]*?viewBox="([^"]+)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{escape(title)}">',
+        svg,
+        count=1,
+    )
     svg = re.sub(r"(-?\d+\.\d\d)\d+", r"\1", svg)  # hundredths of a unit are enough
     svg = re.sub(r"font: (?:[\w.]+ )?([\d.]+)px [^;\"]+", r"font-size: \1px", svg)
     return re.sub(r"\n\s*", "\n", svg)
 
 
 # --- Numbers as text ---
+
+
+def windows_of(text: Mapping[str, Any]) -> str:
+    """How many windows of how many tokens."""
+    return f"{text['windows']} window{'s' * (text['windows'] != 1)} of {text['tokens_per_window']:,} tokens"
 
 
 def signed(value: float | None, digits: int = 2) -> str:
@@ -147,7 +160,7 @@ def change_by_window(report: Mapping[str, Any]) -> Plot:
         axes.plot(changes, range(1, len(changes) + 1), "o", color=BLUE, ms=7)
         axes.set(xlabel="change of perplexity, %  (right is worse)", ylabel="test window")
         axes.set_ylim(len(changes) + 0.6, 0.4)
-        axes.yaxis.set_major_locator(MaxNLocator(min(len(changes), 10), integer=True))
+        axes.set_yticks(range(1, len(changes) + 1, -(-len(changes) // 10)))
         handles = [
             Line2D([], [], color=BLUE, marker="o", ls="", label="one window"),
             Line2D([], [], color=ORANGE, lw=2, label="all windows"),
@@ -231,7 +244,7 @@ def layers(report: Mapping[str, Any]) -> Plot:
                 style = dict(arrowstyle="-|>", mutation_scale=6, lw=0.9, color=INK, shrinkA=1, shrinkB=1)
                 ends = (i, 0.42), (layer["anchor"], 0.42)
                 strip.add_patch(FancyArrowPatch(*ends, connectionstyle=f"arc3,rad={-bend}", **style))
-        strip.set_ylim(0, 2.0)
+        strip.set_ylim(0, 1.7)
         bars.bar(
             range(count), [layer["density"] for layer in schedule], 0.86, color=[MODES[x["mode"]] for x in schedule]
         )
@@ -290,7 +303,7 @@ def similarity(report: Mapping[str, Any]) -> Plot:
     caption = (
         "Each square compares two layers: of the key tiles that either would keep on the calibration text, the share that "
         "both would (Jaccard similarity, 0 to 1, mean over query tiles and heads, each head with its best partner"
-        + (f"; {text['windows']} windows of {text['tokens_per_window']:,} tokens" if text else "")
+        + (f"; {windows_of(text)}" if text else "")
         + "). Bright squares are pairs in which the later layer loses little by reusing. Circles mark the pairs that the "
         "schedule joins; circles on dark squares are where damage comes from."
     )
@@ -305,7 +318,7 @@ def tile_map(report: Mapping[str, Any], found: Mapping[str, Any]) -> Plot:
     config = report["config"]
     size, query_size, count = config["tile_size"], config["query_tile"], found["key_tiles"]
     kinds = ["later: never seen", "dropped", "chosen by its mass", "first tiles (sink)", "the query's own"]
-    colours = ["#00000000", "#8c8c8c40", BLUE, YELLOW, ORANGE]
+    colours = ["#00000000", "#8c8c8c40", TILE_BLUE, YELLOW, ORANGE]
     grid = np.zeros((len(found["query_tiles"]), count), int)
     for row, (query, ranges) in enumerate(zip(found["query_tiles"], found["tiles"])):
         own_first, own_last = query * query_size // size, min(((query + 1) * query_size - 1) // size, count - 1)
@@ -447,8 +460,7 @@ def by_length(
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(0)
-        axes.set(xlabel=f"{what} (each mark twice the last is the same step)", ylabel="milliseconds")
-        axes.set_xlabel(f"{what}, logarithmic")
+        axes.set(xlabel=f"{what}, logarithmic", ylabel="milliseconds")
         figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
 
     runs = len(measured[0]["dense_ms"])
@@ -594,8 +606,6 @@ def tasks(report: Mapping[str, Any]) -> Plot:
 
 def wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` characters."""
-    import textwrap
-
     return textwrap.wrap(text, width) or [""]
 
 

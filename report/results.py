@@ -739,7 +739,7 @@ class Results:
       attention_ms: samples of one layer's attention by kind: dense, selection, anchor, reuse.
       decoding, depths, generated: with --decode, --depths and --generate.
       texts: the windows that "calibration" and "test" are; no calibration with a loaded schedule.
-      similarity_LL: Jaccard similarity of the tiles that layers i and j chose in calibration (`similarity_matrix`).
+      similarity: [L, L], Jaccard similarity of the tiles that layers i and j chose in calibration (`similarity_matrix`).
       tile_maps: of a few layers, with --html.
       densities: with --densities.
       finished: False in a report that a run writes on its way, to be resumed from.
@@ -764,7 +764,7 @@ class Results:
     depths: Sequence[DepthRow] = ()
     generated: Generated | None = None
     texts: Mapping[str, TextUsed] = dataclasses.field(default_factory=dict)
-    similarity_LL: np.ndarray | None = None
+    similarity: np.ndarray | None = None
     tile_maps: Sequence[TileMap] = ()
     densities: Sequence[DensityRow] = ()
     finished: bool = True
@@ -790,7 +790,7 @@ class Results:
             "layer_types": layer_types([layer.plan for layer in self.schedule]),
             "schedule": [_layer_to_json(i, layer) for i, layer in enumerate(self.schedule)],
             "schedule_sha256": schedule_sha256([layer.plan for layer in self.schedule]),
-            "similarity": None if self.similarity_LL is None else np.round(self.similarity_LL, 4).tolist(),
+            "similarity": None if self.similarity is None else np.round(self.similarity, 4).tolist(),
             "tile_maps": [dataclasses.asdict(tile_map) for tile_map in self.tile_maps],
             "dense": {"perplexity": quality.dense_perplexity, "compile_s": timing.dense_compile_s},
             "sparse": {"perplexity": quality.sparse_perplexity, "compile_s": timing.sparse_compile_s},

@@ -52,9 +52,10 @@ def measurements(report: Mapping[str, Any]) -> list[dict[str, str]]:
     one forward or one decoding step; `error_pct` is one standard error; `score` is a task's share of right answers.
     """
     config, device = report["config"], report["device"]
+    kind = device["processor" if device["platform"] == "cpu" else "kind"]
     everywhere = {
         "model": report["model"]["name"],
-        "device": f"{device['count']} {device['platform']} {device['processor'] if device['platform'] == 'cpu' else device['kind']}",
+        "device": f"{device['count']} {device['platform']} {kind}",
         "dtype": config["dtype"],
         "kernel": report["kernel"],
         "versions": " ".join(f"{name} {version}" for name, version in report["versions"].items()),
@@ -153,7 +154,7 @@ def _harmless(cell: str) -> str:
 
 
 def check_markdown(path: Path) -> None:
-    """Raises InputError for a file that is not empty and does not begin with the table of COLUMNS, or cannot be read."""
+    """Raises InputError for a file with anything but the table of COLUMNS in its first line, or that cannot be read."""
     if not path.exists():
         return
     try:

@@ -88,7 +88,7 @@ def results(**changes):
             DepthRow(32768, 1, skipped="needs 9 GB"),
         ],
         texts={"calibration": TextUsed("wiki.txt", 1, 512, "0" * 64), "test": TextUsed("wiki.txt", 4, 65, "1" * 64)},
-        similarity_LL=similarity_LL,
+        similarity=similarity_LL,
         tile_maps=[tile_map(1), tile_map(4)],
         densities=[
             DensityRow(d, 0.08 + 0.92 * d, 20 + math.exp(-8 * d), 9 * math.exp(-8 * d), 0.3, 0.02, 0.01, 0.95, [400.0, 401], [s, s + 9], "FFSS" * 3, "2" * 64)
@@ -111,7 +111,7 @@ def report(**changes):
 
 def plain_run():
     """Without all that is optional."""
-    none = dict(sweep=(), depths=(), decoding=None, densities=(), tile_maps=(), similarity_LL=None, limit_check=None)
+    none = dict(sweep=(), depths=(), decoding=None, densities=(), tile_maps=(), similarity=None, limit_check=None)
     return results(**none, quality=Quality(compared(1), [1.0] + [0.3] * 11))
 
 

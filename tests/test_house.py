@@ -114,7 +114,13 @@ def test_one_place_jits():
 
 
 def test_only_the_command_lines_print():
-    mains = {"benchmark_kascade_final.py", "convert_weights.py", "errors.py", "weights/transformers_ids.py"}
+    mains = {
+        "benchmark_kascade_final.py",
+        "convert_weights.py",
+        "errors.py",
+        "weights/transformers_ids.py",
+        "report/compare.py",
+    }
     for path in PROGRAM:
         name = str(path.relative_to(ROOT))
         prints = [

@@ -27,7 +27,8 @@ FLAGS = {  # every flag with a value that is not its default, and with what it n
     "decode": ("8", 8), "batch": ("2", 2), "prefill": ("dense", "dense"), "depths": ("64,32", (32, 64)),
     "generate": ("9", 9), "long_ppl": (None, True, "--seq_len", "1024"), "anchor_layers": ("3,1", (1, 3)),
     "head_maps": ("m.npy", Path("m.npy"), "--anchor_layers", "1"), "dtype": ("bfloat16", "bfloat16"), "kernel": ("xla", "xla"),
-    "json": ("j.json", Path("j.json")), "sweep": ("64,32,64", (32, 64)), "verbose": (None, True),
+    "densities": ("0.5,0.1,0.5", (0.1, 0.5)), "html": ("h.html", Path("h.html")), "csv": ("c.csv", Path("c.csv")),
+    "markdown": ("m.md", Path("m.md")), "json": ("j.json", Path("j.json")), "sweep": ("64,32,64", (32, 64)), "verbose": (None, True),
     "quiet": (None, True), "debug": (None, True),
 }  # fmt: skip
 

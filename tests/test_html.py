@@ -1,0 +1,220 @@
+"""report/html.py and report/plots.py: one page that holds everything, and shows what others wrote as text."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import reports
+
+from report import html, plots
+from report.results import NOTHING_DROPPED, as_ranges, from_ranges, pareto_front
+
+ROOT = Path(__file__).parents[1]
+MEGABYTE = 10**6
+HOSTILE = "<script>alert(1)</script>\"'&\n\u202etxt.exe"
+
+
+class Reader(HTMLParser):
+    """The elements of a page with their attributes, the headings, and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.text, self.open = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def full():
+    return html.page(reports.report())
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return html.page(reports.plain_run().to_json())
+
+
+def headings(page):
+    return re.findall(r"<h2[^>]*>(.*?)</h2>", page)
+
+
+def test_the_page_has_every_part_in_the_order_in_which_it_is_asked(full):
+    assert headings(full) == [
+        "Quality", "Layers", "Similarity of layers", "Tiles", "Time", "Attention alone", "Trade-off", "Tasks",
+        "What the numbers do not show",
+    ]  # fmt: skip
+    assert full.index("<h1>") < full.index('id="run"') < full.index("<h2")
+
+
+def test_what_was_not_measured_has_no_part(plain):
+    assert headings(plain) == ["Quality", "Layers", "Time", "Attention alone", "What the numbers do not show"]
+    assert "Decoding was not measured" in plain
+
+
+def test_the_page_asks_for_nothing_and_runs_nothing(full):
+    found = Reader(full)
+    assert not [tag for tag, _ in found.elements if tag in ("script", "iframe", "object", "embed", "audio", "video")]
+    addresses = [
+        value
+        for _, attributes in found.elements
+        for name, value in attributes.items()
+        if name in ("href", "src", "xlink:href")
+    ]
+    assert addresses and all(address.startswith(("#", "data:")) for address in addresses)
+    assert not re.findall(r"@import|url\((?!#)", full)
+    assert len(full) < 1.5 * MEGABYTE
+
+
+def test_every_plot_has_a_caption_with_its_n_and_its_numbers_as_a_table(full):
+    figures = re.findall(r"<figure.*?</figure>", full, re.DOTALL)
+    assert len(figures) == 13
+    for figure in figures:
+        caption = re.search(r"<figcaption>(.*?)<details>", figure, re.DOTALL)[1]
+        assert len(caption) > 80
+        assert re.search(r"<svg viewBox=[^>]* role=\"img\" aria-label=\"[^\"]+\"", figure)
+        assert figure.count("<tr>") >= 2
+        assert re.search(r"\bn = |mean of all|window|%", caption)
+
+
+def test_ids_are_unique_and_everything_referred_to_is_there(full):
+    elements = Reader(full).elements
+    ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", full)) <= set(ids)
+
+
+def test_plots_take_the_pages_own_black_and_white(full):
+    svg = "".join(re.findall(r"<svg.*?</svg>", full, re.DOTALL))
+    assert "currentColor" in svg and "var(--faint)" in svg
+    assert not re.findall(r"#0{6}|#f{6}|#000\b|#fff\b|(?:fill|stroke): (?:black|white)", svg, re.IGNORECASE)
+
+
+def test_what_others_wrote_is_shown_as_text():
+    results = reports.results()
+    settings = reports.replaced(results.settings, text=Path(f"/tmp/{HOSTILE}"))
+    texts = {name: reports.replaced(text, name=HOSTILE) for name, text in results.texts.items()}
+    report = results.to_json() | {"command": ["--text", HOSTILE]}
+    report |= {"tasks": [task | {"task": HOSTILE} for task in reports.TASKS]}
+    report["model"]["name"] = HOSTILE
+    report["texts"] = {name: vars(text) for name, text in texts.items()}
+    report["config"]["text"] = str(settings.text)
+    report["schedule"][3]["reason"] = HOSTILE
+    page = html.page(report)
+    found = Reader(page)
+    assert "script" not in {tag for tag, _ in found.elements}
+    assert not [name for _, attributes in found.elements for name in attributes if name.startswith("on")]
+    assert "\u202e" not in page, "what follows it would be read backwards"
+    for where in ("<title>", "<dd>", "<pre>", "<td>", "<text"):
+        assert re.search(rf"{where}[^\n]*&lt;script", page) or re.search(
+            rf"{where}[^<]*(<bdi>)?[^<]*&lt;script", page
+        ), where
+    assert found.text.count("<script>alert(1)</script>") >= 5
+    assert "\\u202etxt.exe" in found.text
+
+
+def test_the_first_sentence_says_what_is_kept_lost_and_gained():
+    report = reports.report()
+    sentence = html.headline(report)
+    assert re.fullmatch(
+        r"Keeping 36% of the attention costs this model \+\d\.\d ± \d\.\d % perplexity on this text; "
+        r"it reads 2,048 tokens 1\.32x as fast and decodes 2\.53x as fast after 8,192 on this CPU\.",
+        sentence,
+    )
+    report = reports.plain_run().to_json()
+    assert html.headline(report).endswith("it reads 512 tokens 1.08x as fast on this CPU.")
+    report["quality"]["verdict"] = NOTHING_DROPPED
+    assert html.headline(report).startswith("Nothing was dropped")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "text"),
+    [
+        ("success", "under 2 %, by more"),
+        ("failed", "above 2 %"),
+        ("undecided", "4 windows cannot tell"),
+        (NOTHING_DROPPED, "Lower --top_k"),
+    ],
+)
+def test_the_second_sentence_says_how_sure_that_is(verdict, text):
+    report = reports.report()
+    report["quality"]["verdict"] = verdict
+    assert text in html.verdict(report)
+
+
+def test_a_perplexity_beyond_numbers_still_makes_a_page():
+    report = reports.plain_run().to_json()
+    report["quality"] |= {"degradation_pct": float("inf"), "sparse_perplexity": float("inf")}
+    report["sparse"]["perplexity"] = float("inf")
+    assert "beyond what a number can hold" in html.page(report)
+
+
+def test_the_tile_map_marks_own_sink_chosen_and_dropped_tiles():
+    report = reports.report()
+    plot = plots.tile_map(report, report["tile_maps"][1])
+    assert "reuses the tiles of layer 1" in plot.caption
+    assert plot.rows[0] == ["0", "100.0%", "0"]
+    assert plot.rows[31] == ["31", f"{report['tile_maps'][1]['mass_kept'][31]:.1%}", "0 6 12 18 24 31"]
+
+
+@pytest.mark.parametrize("numbers", [[], [0], [0, 3, 4, 5, 12], [7, 8]])
+def test_ranges_are_read_as_they_were_written(numbers):
+    assert from_ranges(as_ranges(numbers)) == numbers
+    assert as_ranges([0, 3, 4, 5, 12]) == "0 3-5 12"
+
+
+def test_the_pareto_front_leaves_out_what_another_beats_in_both():
+    assert pareto_front([0.1, 0.2, 0.3, 0.25], [9, 4, 2, 5]) == [0, 1, 2]
+    assert pareto_front([1, 1], [3, 2]) == [1]
+
+
+def test_a_run_without_a_page_loads_neither_jinja2_nor_matplotlib():
+    code = "import sys, benchmark_kascade_final; sys.exit(', '.join({'jinja2', 'matplotlib'} & set(sys.modules)) or 0)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+# --- In a browser ---
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from browser import Browser
+
+    opened = Browser()
+    yield opened
+    opened.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("kind", ["full", "plain", "hostile"])
+def test_chromium_shows_a_page_without_complaint_request_or_overflow(browser, tmp_path, kind):
+    report = reports.plain_run().to_json() if kind == "plain" else reports.report()
+    if kind == "hostile":
+        report["model"]["name"], report["command"] = "W" * 300 + HOSTILE, ["--text", "W" * 300]
+    (tmp_path / "page.html").write_text(html.page(report), encoding="utf-8")
+    for width in (400, 800, 1600):
+        for scheme in ("light", "dark"):
+            browser.open(tmp_path / "page.html", width, scheme)
+            assert browser.too_wide() == []
+            assert [url for url in browser.requested() if not url.startswith(("file:", "data:"))] == []
+            assert len([url for url in browser.requested() if url.startswith("file:")]) == 1
+            assert browser.complaints() == []
+            paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert paper == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 27)")
+            ink = browser.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
+            assert ink == browser.evaluate("getComputedStyle(document.body).color"), "text of plots follows the page"
+
+
+@pytest.mark.browser
+def test_an_element_that_is_too_wide_is_seen(browser, tmp_path):
+    (tmp_path / "page.html").write_text("<p style='width: 500px'>wide</p>")
+    browser.open(tmp_path / "page.html", 400)
+    assert browser.too_wide()
