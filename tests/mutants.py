@@ -132,7 +132,7 @@ MUTANTS = [
     Mutant(
         "dense attention sees the future within a block",
         "attention/xla.py",
-        "scores = jnp.where(jnp.tri(R, dtype=bool)[None], scores, -jnp.inf) if masked else scores",
+        "scores = _mask(scores, block, jnp.arange(R), key_block, window) if masked else scores",
         "scores = scores",
         "test_llama_model.py",
     ),
