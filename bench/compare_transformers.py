@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 # Every process imports this file. JAX and torch, whose memory counts, are imported where they are used: in functions.
-from errors import Parser, exit_on_bad_input
+from errors import Parser, UnsupportedError, exit_on_bad_input
 from report.tables import markdown, markdown_row, spread
-from weights.config import LlamaConfig
+from weights.config import LlamaConfig, RopeFactors
 from weights.folder import DEFAULT_WEIGHTS, read_chunks, read_manifest
 from weights.tensors import HUGGING_FACE, NAMES
 from weights.tokenizers import TextTokenizer, load_tokenizer
@@ -198,12 +198,17 @@ def mean_nll(model: Any, ids: Any) -> float:
 
 def build_baseline(weights_dir: Path, dtype: str) -> Any:
     """A transformers model in `dtype` with the weights of our chunks, of which one at a time is in memory."""
+    manifest = read_manifest(weights_dir)
+    plain = {"qkv_bias": False, "output_bias": False, "qk_norm": False, "sliding_window": None, "no_rope_layers": ()}
+    if dataclasses.replace(manifest.config, **plain) != manifest.config or isinstance(
+        manifest.config.rope_scaling, RopeFactors
+    ):
+        raise UnsupportedError(f"{weights_dir} holds more than a plain LLaMA, which is all that the baseline computes")
     import torch
     from transformers import AutoModelForCausalLM
     from transformers import LlamaConfig as BaselineConfig
 
-    manifest = read_manifest(weights_dir)
-    values = dataclasses.asdict(manifest.config)
+    values = {name: value for name, value in dataclasses.asdict(manifest.config).items() if name not in plain}
     rope = {"rope_theta": values.pop("rope_theta"), "rope_type": "default"}
     if scaling := values.pop("rope_scaling"):
         rope |= {"rope_type": "llama3"} | scaling

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from synthetic import HF_CONFIGS, hf_shapes, hf_weights, repeating_text
+from synthetic import HF_CONFIGS, MODELS, hf_shapes, hf_weights, repeating_text, write_hf
 
 from attention.sharding import make_mesh
 from bench import compare_transformers as comparison
-from errors import InputError
+from convert_weights import convert
+from errors import InputError, UnsupportedError
 from kascade_core import perplexity_of
 from llama_model import LlamaModel, load_weights
 from weights.folder import read_chunks, read_manifest
@@ -161,3 +162,11 @@ def test_a_row_has_ratios_round_by_round_and_no_peak_where_it_is_unknown():
         64, "ours", "8.1250", "2.00 [1.00, 3.00]", "0.75 [0.50, 1.00]", "2", "note"
     )  # fmt: skip
     assert comparison.format_row(64, theirs, theirs)[4:6] == ("1.00 [1.00, 1.00]", "")
+
+
+def test_a_model_that_the_baseline_does_not_compute_is_refused(tmp_path):
+    convert(write_hf(tmp_path / "hf", MODELS["mistral_window"]), tmp_path / "w")
+    with pytest.raises(
+        UnsupportedError, match="holds more than a plain LLaMA, which is all that the baseline computes"
+    ):
+        comparison.build_baseline(tmp_path / "w", "float32")
