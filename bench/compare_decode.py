@@ -40,11 +40,10 @@ from bench.compare_transformers import (
     CALIBRATION,
     Worker,
     build_baseline,
-    read_peak_memory,
-    reset_peak_memory,
     settings_of,
 )
 from errors import InputError, Parser, ctrl_c_raises, exit_on_bad_input
+from measure.memory import read_peak_memory, reset_peak_memory
 from report.tables import markdown, markdown_row, spread
 from weights.config import LlamaConfig
 from weights.folder import DEFAULT_WEIGHTS, read_manifest

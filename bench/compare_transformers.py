@@ -31,6 +31,7 @@ import numpy as np
 
 # Every process imports this file. JAX and torch, whose memory counts, are imported where they are used: in functions.
 from errors import Parser, UnsupportedError, exit_on_bad_input
+from measure.memory import read_peak_memory, reset_peak_memory
 from report.tables import markdown, markdown_row, spread
 from weights.config import LlamaConfig, RopeFactors
 from weights.folder import DEFAULT_WEIGHTS, read_chunks, read_manifest
@@ -97,21 +98,6 @@ def serve(connection: Any, prepare: Callable[[np.ndarray, np.ndarray], Mapping[s
             prepared = {}  # first, so that two lengths' programs are never in memory together
             prepared = prepare(*request)
             connection.send({name: (item.perplexity, item.note) for name, item in prepared.items()})
-
-
-def reset_peak_memory() -> bool:
-    """Makes this process's peak memory what it has now; False where the system cannot (it is Linux that can)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def read_peak_memory() -> int | None:
-    """The most bytes that this process had in memory since `reset_peak_memory`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 # --- Ours ---

@@ -23,6 +23,7 @@ from attention.sharding import FIRST, compile_ahead, place, shard
 from attention.xla import matmul
 from errors import InputError, UnsupportedError
 from kascade_core import Selection
+from measure.memory import read_peak_memory
 from weights.config import LlamaConfig
 
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu,cpu", "gpu": "cuda,cpu"}  # cpu as a fallback: JAX asserts if none initialises
@@ -158,17 +159,7 @@ def peak_memory(device: jax.Device) -> int | None:
     """The most bytes in use since the start: of the process on a CPU, otherwise of the device; None where unknown."""
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("peak_bytes_in_use")
-    return process_peak_memory()
-
-
-def process_peak_memory() -> int | None:
-    """The most bytes that this process has had in memory; None on a system that does not tell."""
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return read_peak_memory()
 
 
 def free_memory(device: jax.Device) -> int | None:

@@ -419,6 +419,8 @@ number = _number_of(float, "a number")
 def numbers(text: str) -> tuple[float, ...]:
     """A flag's X,X,..., ascending, each once."""
     return tuple(sorted({number(part) for part in text.split(",")}))
+
+
 def names(text: str) -> tuple[str, ...]:
     """A flag's NAME,NAME,..., in their order, each once."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",")))

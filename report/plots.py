@@ -618,7 +618,8 @@ def _share(value: float, interval: Sequence[float] | None) -> str:
 
 def sections(report: Mapping[str, Any]) -> Iterator[tuple[str, list[Plot]]]:
     """Headings with their plots, in the page's order; what was not measured has none."""
-    yield "Quality", [change_by_window(report), divergence_tail(report)]
+    overflow = report["quality"]["degradation_pct"] is None  # the perplexity was beyond what a number can hold
+    yield "Quality", [*([] if overflow else [change_by_window(report)]), divergence_tail(report)]
     yield "Layers", [layers(report)]
     if report["similarity"]:
         yield "Similarity of layers", [similarity(report)]

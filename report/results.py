@@ -739,7 +739,7 @@ class Results:
       attention_ms: samples of one layer's attention by kind: dense, selection, anchor, reuse.
       decoding, depths, generated: with --decode, --depths and --generate.
       texts: the windows that "calibration" and "test" are; no calibration with a loaded schedule.
-      similarity: [L, L], Jaccard similarity of the tiles that layers i and j chose in calibration (`similarity_matrix`).
+      similarity: [L, L], Jaccard similarity of the tiles that two layers chose in calibration (`similarity_matrix`).
       tile_maps: of a few layers, with --html.
       densities: with --densities.
       finished: False in a report that a run writes on its way, to be resumed from.

@@ -43,6 +43,7 @@ COLUMNS = (
     "degradation_pct", "error_pct", "density", "score", "score_low", "score_high", "model", "device", "dtype",
     "kernel", "versions", "git_commit", "date",
 )  # fmt: skip
+LONGEST_HEAD = 10_000  # characters of a table's first line
 
 
 def measurements(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -155,11 +156,11 @@ def _harmless(cell: str) -> str:
 
 def check_markdown(path: Path) -> None:
     """Raises InputError for a file with anything but the table of COLUMNS in its first line, or that cannot be read."""
-    if not path.exists():
+    if not path.is_file():  # a device has no first line, or no end of it
         return
     try:
         with path.open(encoding="utf-8") as file:
-            first = file.readline().strip()
+            first = file.readline(LONGEST_HEAD).strip()
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as Markdown ({error}); give another file") from error
     if first and first != markdown_row(COLUMNS):
@@ -171,7 +172,10 @@ def append_markdown(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     check_markdown(path)
     table = markdown(COLUMNS, [[row[name] for name in COLUMNS] for row in rows])
     with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(table if not path.stat().st_size else "".join(table.splitlines(keepends=True)[2:]))
+        is_new = not path.is_file() or not path.stat().st_size
+        file.write(table if is_new else "".join(table.splitlines(keepends=True)[2:]))
+            table if not path.is_file() or not path.stat().st_size else "".join(table.splitlines(keepends=True)[2:])
+        )
 
 
 @contextlib.contextmanager
@@ -198,7 +202,7 @@ class ResultsFile:
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns, self.rows = path, tuple(columns), []
-        if not path.exists():
+        if not path.is_file():  # a device has no rows, or no end of them
             return
         try:
             with path.open(newline="", encoding="utf-8") as file:
@@ -215,7 +219,7 @@ class ResultsFile:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Appends a row to the file, after the header if it is the first."""
-        first = not self.path.exists() or not self.path.stat().st_size
+        first = not self.path.is_file() or not self.path.stat().st_size
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             if first:

@@ -98,7 +98,7 @@ MUTANTS = [
         "compiler_options=None",
         "test_llama_model.py",
     ),
-    Mutant("the peak is nothing", "measure/machine.py", "return process_peak_memory()", "return 0", "test_machine.py"),
+    Mutant("the peak is nothing", "measure/machine.py", "return read_peak_memory()", "return 0", "test_machine.py"),
     Mutant(
         "a CPU does not tell its free memory",
         "measure/machine.py",

@@ -79,7 +79,7 @@ def results(**changes):
         ],
         peak_memory_bytes=1234,
         decoding=Decoding(
-            512, 64, 1, "sparse", compared(2), compared(2, cost=0.02), [0.4] * 12, [30.0, 31, 32], [25.0, 24, 27], 10**8, 8 * 10**7, 1e10
+            512, 64, 1, "sparse", ("xla", ""), compared(2), compared(2, cost=0.02), [0.4] * 12, [30.0, 31, 32], [25.0, 24, 27], 10**8, 8 * 10**7, 1e10
         ),
         depths=[
             DepthRow(512, 1, [30.0, 31], [33.0, 34], [29.0, 32], 0.4),

@@ -51,7 +51,7 @@ def test_every_array_of_a_chunk_has_a_name_of_transformers_and_the_right_values(
 def test_a_peak_is_of_the_run_and_not_of_what_came_before():
     code = """
 import numpy as np
-from bench.compare_transformers import read_peak_memory, reset_peak_memory
+from measure.memory import read_peak_memory, reset_peak_memory
 np.ones(2 * 10**8, np.uint8)
 before = read_peak_memory()
 assert reset_peak_memory()

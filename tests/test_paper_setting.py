@@ -192,9 +192,7 @@ def test_the_papers_selection_runs_with_given_head_maps(files, capsys):
 
 
 def test_a_limit_is_checked_on_held_out_windows(files, capsys):
-    report = run(
-        files, "--max_degradation", "20", "--windows", "2", "--tile_size", "4", "--top_k", "3", "--anchors", "2"
-    )
+    report = run(files, "--max_degradation", "20", "--windows", "2", "--tile_size", "4", "--anchors", "2")
     assert report["calibration_degradation_pct"] < report["calibration_upper_pct"] < 20
     assert report["config"]["calib_windows"] == 8
     assert "on 4 held-out calibration windows" in " ".join(capsys.readouterr().out.split()).lower()

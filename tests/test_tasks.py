@@ -297,7 +297,7 @@ def test_a_run_prints_and_returns_two_rows_for_each_task(answering, capsys):
     assert [(row.setup, row.n, row.length, row.dense.share) for row in rows] == [
         (PROMPT, 2, LENGTH + ANSWER_ROOM, 1.0), (QUESTION, 2, LENGTH + ANSWER_ROOM, 1.0)
     ]  # fmt: skip
-    assert capsys.readouterr().out == "".join(console.task_row(row) + "\n" for row in rows)
+    assert capsys.readouterr().out == "".join(console.fit(console.task_row(row)) + "\n" for row in rows)
 
 
 # --- Rows ---

@@ -26,6 +26,7 @@ import synthetic
 import weights.tokenizers
 from convert_weights import convert
 from errors import InputError
+from measure.memory import read_peak_memory
 from weights.config import chunk_shapes, layer_chunk
 from weights.folder import _read_chunk, read_manifest, sha256_of
 from weights.sources import open_checkpoint
@@ -386,7 +387,7 @@ def run(kind, count, seed):
             counts["slowest"] = max(counts["slowest"], round(time.monotonic() - start, 3))
         shutil.rmtree(folder, ignore_errors=True)
     counts["canary"] = Path(CANARY).exists()
-    counts["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    counts["peak"] = read_peak_memory()
     return counts
 
 
