@@ -174,8 +174,6 @@ def append_markdown(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     with writing(path), path.open("a", encoding="utf-8") as file:
         is_new = not path.is_file() or not path.stat().st_size
         file.write(table if is_new else "".join(table.splitlines(keepends=True)[2:]))
-            table if not path.is_file() or not path.stat().st_size else "".join(table.splitlines(keepends=True)[2:])
-        )
 
 
 @contextlib.contextmanager
