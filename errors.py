@@ -88,7 +88,7 @@ def stop_on_ctrl_c() -> None:
 
 
 def _stop_when_told(pipe: int) -> None:
-    while os.read(pipe, 1) != bytes([signal.SIGINT]) or signal.getsignal(signal.SIGINT) is not _stop:
+    while os.read(pipe, 1) != bytes([signal.SIGINT]):
         pass
     _stop()
 
@@ -100,10 +100,12 @@ def ctrl_c_raises() -> Iterator[None]:
         yield
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    told = signal.set_wakeup_fd(-1)  # or the thread would hear of it late, when this is over, and end the process
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, _stop)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
 
 
 # --- Standard streams ---

@@ -308,7 +308,8 @@ def check_output(output: Path) -> Path:
         with _sentence_for(output):
             trial = parent / _temporary(output, "new").name
             trial.mkdir()
-            trial.rmdir()
+            with contextlib.suppress(FileNotFoundError):  # another process, which makes the folder, has tidied up
+                trial.rmdir()
     return output
 
 

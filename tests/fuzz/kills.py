@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def forked(work):
     try:
         work()
         code = 0
+    except BaseException:  # noqa: BLE001 - the process ends here
+        traceback.print_exc()
     finally:
         os._exit(code)
 

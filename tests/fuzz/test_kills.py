@@ -16,7 +16,7 @@ def run(folder, what, count):
     command = [sys.executable, KILLS, what, str(count), folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return json.loads(done.stdout) | ({"stderr": done.stderr} if "Traceback" in done.stderr else {})
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(200, marks=pytest.mark.full)])
