@@ -89,7 +89,7 @@ def reports(count, folder):
     from report.results import write_json
 
     path, rng, found = folder / "report.json", random.Random(0), {"killed": 0, "whole": 0, "left": 0}
-    values = [{"name": name, "text": name * 2**22} for name in ("first", "second")]
+    values = [{"name": name, "text": name * 2**19} for name in ("first", "second")]
     write_json(path, values[0])
     works = [lambda value=value: write_json(path, value) for value in values]
     longest = max(map(duration, works))
