@@ -51,7 +51,9 @@ def plain(value: Any) -> Any:
 
 def tied(text: str) -> str:
     """A sentence whose numbers keep their "±" and "%" on their line."""
-    return text.replace(" ±", "\u00a0±").replace("± ", "±\u00a0").replace(" %", "\u00a0%")
+    for loose in (" ±", "± ", " %", "n = "):
+        text = text.replace(loose, loose.replace(" ", "\u00a0"))
+    return text
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -64,7 +66,7 @@ def headline(report: Mapping[str, Any]) -> str:
     cost = plots.of_error(quality["degradation_pct"], quality["error_pct"], 1)
     here = f"this {report['device']['platform'].upper()}"
     speed = " and ".join(filter(None, [_prefill_speed(report), _decoding_speed(report)]))
-    kept = f"Keeping {report['density']:.0%} of the attention"
+    kept = f"Keeping {plots.share(report['density'], 0)} of the attention"
     return f"{kept} costs this model {cost} % perplexity on this text; {speed} on {here}."
 
 
@@ -112,12 +114,12 @@ def card(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Device", f"{device['count']} {device['platform'].upper()} device(s), {kind}"
     yield "Computed in", f"{config['dtype']}, attention by {report['kernel']}"
     yield "Schedule", f"{config['scheduler']}: {report['layer_types']} (SHA-256 {report['schedule_sha256'][:12]}…)"
-    budget = f"Top-K {config['top_k']}" if config["density"] is None else f"density {config['density']:.0%}"
+    budget = f"Top-K {config['top_k']}" if config["density"] is None else f"density {plots.share(config['density'], 0)}"
     tiles = f"tiles of {config['tile_size']} tokens, query tiles of {config['query_tile']}"
     yield "Selection", f"{tiles}, {budget}, {config['sink_tiles']} sink and {config['local_tiles']} local tiles"
     yield "Versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     yield "Commit", report["git_commit"] or "not from a repository"
-    yield "Date", report["date"]
+    yield "Date", report["date"].replace("T", " ").replace("+00:00", " UTC")
 
 
 def command(report: Mapping[str, Any]) -> str:
@@ -153,5 +155,5 @@ def limits(report: Mapping[str, Any]) -> Iterator[str]:
         yield "Some depths lie beyond the model's context: only their times mean something."
     if report["decode_depths"]:
         yield "Decoding times by depth use caches of random keys: they are times, and say nothing of quality."
-    if not report.get("tasks"):
+    if not report["tasks"]:
         yield "No tasks were run."

@@ -11,7 +11,7 @@ import io
 import re
 import statistics
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -25,7 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from report.results import SUCCESS_PCT, from_ranges, pareto_front
+from report.results import PROMPT, QUESTION, SUCCESS_PCT, from_ranges, pareto_front
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; arms differ in shape as well.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
@@ -39,7 +39,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.image_inline": True,
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 11,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
@@ -52,7 +52,8 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
-    "legend.fontsize": 10,
+    "legend.fontsize": 11,
+    "legend.borderaxespad": 0.2,
     "legend.handlelength": 1.4,
 }
 
@@ -128,6 +129,11 @@ def signed(value: float | None, digits: int = 2) -> str:
 def of_error(value: float, error: float | None, digits: int = 2) -> str:
     """A signed value with its error."""
     return signed(value, digits) + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def share(value: float, digits: int = 1) -> str:
+    """A share as percent."""
+    return f"{100 * value:.{digits}f} %"
 
 
 def milliseconds(value: float) -> str:
@@ -215,7 +221,7 @@ def divergence_tail(report: Mapping[str, Any]) -> Plot:
     caption = (
         "How far the sparse model's prediction of the next token lies from the dense one's (Kullback-Leibler divergence, "
         "nats, logarithmic). The left end is the ordinary token, the right end the worst: a curve that climbs steeply "
-        f"means few tokens carry the damage. The likeliest token is the same for {quality['same_top1']:.1%} of "
+        f"means few tokens carry the damage. The likeliest token is the same for {share(quality['same_top1'])} of "
         f"n = {quality['tokens']:,} tokens."
     )
     rows = [[label, f"{value:.5f}"] for label, (_, value) in zip(labels, points)] + [["mean", f"{kl['mean']:.5f}"]]
@@ -233,7 +239,7 @@ def layers(report: Mapping[str, Any]) -> Plot:
     counts = {mode: sum(layer["mode"] == mode for layer in schedule) for mode in MODES}
 
     def paint(figure: Figure) -> None:
-        strip, bars = figure.subplots(2, 1, sharex=True, height_ratios=[1.0, 1.3])
+        strip, bars = figure.subplots(2, 1, sharex=True, height_ratios=[0.75, 1.3])
         strip.set_axis_off()
         farthest = max([1, *(i - layer["anchor"] for i, layer in enumerate(schedule) if layer["anchor"] is not None)])
         for i, layer in enumerate(schedule):
@@ -250,7 +256,7 @@ def layers(report: Mapping[str, Any]) -> Plot:
         )
         bars.axhline(report["density"], color=INK, lw=1, ls="--")
         bars.set(xlabel="layer", ylabel="density", ylim=(0, 1.05), xlim=(-0.8, count - 0.2))
-        bars.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        bars.yaxis.set_major_formatter(FuncFormatter(lambda value, _: share(value, 0)))
         bars.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         bars.grid(axis="x", visible=False)
         handles = [Patch(color=colour, label=f"{counts[mode]} {mode.lower()}") for mode, colour in MODES.items()]
@@ -260,11 +266,11 @@ def layers(report: Mapping[str, Any]) -> Plot:
     caption = (
         "Top: the model's layers from first to last. A dense layer attends to everything. An anchor layer scores all key "
         "tiles and keeps the best. A reuse layer scores nothing: its arrow leads to the anchor whose tiles it takes. "
-        f"Bottom: the share of the causal pairs of tiles that each layer attends to; {report['density']:.1%} is the mean "
+        f"Bottom: the share of the causal pairs of tiles that each layer attends to; {share(report['density'])} is the mean "
         f"of all {count}. Longer arrows, and more yellow, mean less work."
     )
     rows = [
-        [str(i), x["mode"].lower(), "" if x["anchor"] is None else str(x["anchor"]), f"{x['density']:.1%}", x["reason"]]
+        [str(i), x["mode"].lower(), "" if x["anchor"] is None else str(x["anchor"]), share(x["density"]), x["reason"]]
         for i, x in enumerate(schedule)
     ]
     title = "What each layer does"
@@ -368,11 +374,11 @@ def tile_map(report: Mapping[str, Any], found: Mapping[str, Any]) -> Plot:
         f"Layer {found['layer']}, {does}; KV head {found['head']}, first test window. Each row is a query tile of "
         f"{query_size} tokens{sample}, each column a key tile of {size} tokens. Coloured squares are attended to, grey ones are "
         "dropped. The curve is the share of the dense model's attention mass that the coloured squares hold: "
-        f"{statistics.mean(kept):.0%} on average, {min(kept):.0%} at least. Columns that go through mean tiles that every "
+        f"{share(statistics.mean(kept), 0)} on average, {share(min(kept), 0)} at least. Columns that go through mean tiles that every "
         "later token looks back to."
     )
     rows = [
-        [str(query), f"{share:.1%}", ranges] for query, share, ranges in zip(found["query_tiles"], kept, found["tiles"])
+        [str(query), share(mass), ranges] for query, mass, ranges in zip(found["query_tiles"], kept, found["tiles"])
     ]
     name, title = f"tiles-{found['layer']}", f"What layer {found['layer']} looks at"
     return Plot(
@@ -439,43 +445,72 @@ def decode_time(report: Mapping[str, Any]) -> Plot:
 
 
 def by_length(
-    name: str, title: str, measured: Sequence[Mapping[str, Any]], key: str, between: Any, what: str, arms: Sequence[str]
+    name: str,
+    title: str,
+    measured: Sequence[Mapping[str, Any]],
+    key: str,
+    between: Any,
+    what: str,
+    unit: str,
+    arms: Sequence[str],
 ) -> Plot:
     """Both arms' times over lengths or depths, and where sparse begins to be faster."""
-    lengths = [row[key] for row in measured]
+    lengths = np.array([row[key] for row in measured])
+    apart = max(np.ptp(np.log2(lengths)), 1) / 70  # octaves between the arms' points, which would hide each other
 
     def times(arm: str) -> list[Sequence[float]]:
         return [row[f"{arm.replace(' ', '_')}_ms"] for row in measured]
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        for arm in arms:
+        for place, arm in enumerate(arms):
             colour, marker = ARMS[arm]
-            middles = [statistics.median(values) for values in times(arm)]
-            axes.plot(lengths, middles, f"-{marker}", color=colour, label=arm, lw=1.8, ms=6)
-            axes.vlines(lengths, list(map(min, times(arm))), list(map(max, times(arm))), color=colour, lw=1.2)
+            shifted = lengths * 2 ** (apart * (place - (len(arms) - 1) / 2))
+            axes.plot(shifted, list(map(statistics.median, times(arm))), "-", color=colour, lw=1.8)
+            axes.plot([], [], f"-{marker}", color=colour, label=arm, lw=1.8, ms=6)
+            for x, samples_ in zip(shifted, times(arm)):
+                axes.plot([x] * len(samples_), samples_, marker, color=colour, ms=5, alpha=0.6, mew=0)
         if between and between[1]:
-            axes.axvspan(between[0] or min(lengths), between[1], color=GREEN, alpha=0.15, lw=0, label="break-even")
+            axes.axvspan(between[0] or min(lengths), between[1], color=INK, alpha=0.08, lw=0, label="break-even")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        ticks = apart_enough(lengths)
+        axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(0)
-        axes.set(xlabel=f"{what}, logarithmic", ylabel="milliseconds")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.set(xlabel=f"{what} (logarithmic)", ylabel=f"milliseconds a {unit}")
         figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
 
     runs = len(measured[0]["dense_ms"])
-    caption = f"Median time by {what}; the strokes reach from the least to the most of n = {runs} runs. {_break_even(between)}"
+    caption = (
+        f"Each point is one run (n = {runs} of each arm at each {key}), the lines go through the medians; lower is faster. "
+        f"{_break_even(between)}"
+    )
+    if "keep all" in arms:
+        caption += (
+            " Keep all is the sparse program that keeps every tile: what it takes longer than dense is the price of the "
+            "bookkeeping. The caches hold random keys, so that only times are meant."
+        )
     rows = [
         [
             f"{row[key]:,}",
             *(milliseconds(statistics.median(times(arm)[i])) for arm in arms),
             f"{row['speedup']:.2f}x",
-            f"{row['density']:.1%}",
+            share(row["density"]),
         ]
         for i, row in enumerate(measured)
     ]
     columns = (what, *(f"{arm}, ms" for arm in arms), "speedup", "density")
     return Plot(name, title, draw(name, title, 2.8, paint), caption, columns, rows)
+
+
+def apart_enough(lengths: Sequence[int]) -> list[int]:
+    """Those of the ascending lengths whose labels have room beside each other on a logarithmic axis."""
+    room, ticks = np.log2(lengths[-1] / lengths[0]) / 7, [int(lengths[-1])]
+    for length in reversed(lengths[:-1]):
+        if np.log2(ticks[-1] / length) >= room:
+            ticks.append(int(length))
+    return ticks[::-1]
 
 
 def _break_even(between: Any) -> str:
@@ -516,18 +551,20 @@ def attention_alone(report: Mapping[str, Any]) -> Plot:
 
 def trade_off(report: Mapping[str, Any]) -> Plot:
     """Degradation against density and against speedup."""
-    rows = report["densities"]
+    rows = [row for row in report["densities"] if row["degradation_pct"] is not None]  # it was beyond numbers
     losses = [row["degradation_pct"] for row in rows]
-    errors = [row["error_pct"] or 0 for row in rows]
 
     def panel(axes: Axes, values: Sequence[float], costs: Sequence[float], label: str) -> None:
         front = pareto_front(costs, losses)
-        axes.errorbar(values, losses, errors, fmt="none", ecolor=BLUE, elinewidth=1.2)
-        axes.plot([values[i] for i in front], [losses[i] for i in front], "-", color=GREEN, lw=2)
-        axes.plot(values, losses, "o", color=BLUE, ms=6)
-        axes.plot([values[i] for i in front], [losses[i] for i in front], "o", color=GREEN, ms=8)
         axes.axhline(SUCCESS_PCT, color=INK, lw=1, ls=":")
+        axes.errorbar(values, losses, [row["error_pct"] or 0 for row in rows], fmt="none", ecolor=BLUE, elinewidth=1.2)
+        axes.plot(values, losses, "o", color=BLUE, ms=6)
+        axes.plot([values[i] for i in front], [losses[i] for i in front], "-D", color=GREEN, lw=1.5, ms=7)
+        for value, loss, row in zip(values, losses, rows):
+            axes.annotate(f"{100 * row['asked']:g} %", (value, loss), (6, 4), textcoords="offset points", fontsize=9.5)
         axes.set(xlabel=label)
+        axes.margins(x=0.22, y=0.14)
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
 
     def paint(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
@@ -537,22 +574,24 @@ def trade_off(report: Mapping[str, Any]) -> Plot:
         right.axvline(1, color=INK, lw=1)
         left.set_ylabel("change of perplexity, %")
         handles = [
-            Line2D([], [], color=BLUE, marker="o", ls="", label="a schedule"),
-            Line2D([], [], color=GREEN, marker="o", ms=8, label="none is better in both"),
+            Line2D([], [], color=GREEN, marker="D", ms=7, lw=1.5, label="none beats it in both"),
+            Line2D([], [], color=BLUE, marker="o", ls="", label="another does"),
             Line2D([], [], color=INK, lw=1, ls=":", label=f"{SUCCESS_PCT:g} %"),
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, columnspacing=1.2)
 
     caption = (
-        f"Each point is a schedule of its own ({len(rows)} densities): what it costs in perplexity (up is worse, strokes are ± "
-        "one standard error) against the share of attention that it keeps (left panel; left is sparser) and against how "
-        f"fast it is (right panel; right is faster). Green points are the ones worth choosing from (the Pareto front). "
-        f"Forwards of {report['config']['seq_len']:,} tokens, n = {len(rows[0]['dense_ms'])} runs each."
+        f"Each point is a schedule of its own, with the density of its sparse layers beside it (n = {len(rows)} schedules): "
+        "what it costs in perplexity (lower is better; strokes are ± one standard error) against the share of attention "
+        "that all layers keep (left panel; left is sparser), and against the speedup of a forward of "
+        f"{report['config']['seq_len']:,} tokens (right panel; right of the line at 1 is faster than dense; medians of "
+        f"{report['config']['n_runs']} runs). Green diamonds are the ones worth choosing from (the Pareto front): no other "
+        "is better in both."
     )
     table = [
         [
-            f"{r['asked']:.0%}",
-            f"{r['density']:.1%}",
+            share(r["asked"], 0),
+            share(r["density"]),
             of_error(r["degradation_pct"], r["error_pct"]),
             f"{r['kl_nats']:.4f}",
             f"{r['speedup']:.2f}x",
@@ -560,48 +599,61 @@ def trade_off(report: Mapping[str, Any]) -> Plot:
         for r in rows
     ]
     title = "Trade-off between density, quality and time"
-    columns = ("asked", "density", "change of perplexity, %", "KL, nats", "speedup")
-    return Plot("trade-off", title, draw("trade-off", title, 2.9, paint), caption, columns, table)
+    columns = ("of sparse layers", "density", "change of perplexity, %", "KL, nats", "speedup")
+    return Plot("trade-off", title, draw("trade-off", title, 3.2, paint), caption, columns, table)
 
 
 def tasks(report: Mapping[str, Any]) -> Plot:
-    """Both arms' scores on each task."""
+    """The arms' scores on each task in each set-up."""
     found = report["tasks"]
-    names = [f"{task['task']}, {task['length']:,}" for task in found]
+    arms = {"dense": (BLUE, "o"), "oracle": (GREEN, "^"), "sparse": (ORANGE, "s")}
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        for arm, shift in (("dense", -0.14), ("sparse", 0.14)):
-            colour, marker = ARMS[arm]
+        for shift, (arm, (colour, marker)) in zip((-0.24, 0, 0.24), arms.items()):
             places = np.arange(len(found)) + shift
             for place, task in zip(places, found):
-                if task[f"{arm}_ci"]:
-                    axes.plot(task[f"{arm}_ci"], [place] * 2, color=colour, lw=1.6)
+                axes.plot(task[f"{arm}_ci"], [place] * 2, color=colour, lw=1.6)
             axes.plot([task[arm] for task in found], places, marker, color=colour, ms=7, label=arm)
-        axes.set_yticks(range(len(found)), ["\n".join(wrap(name, 22)) for name in names])
+        for place, task in enumerate(found):
+            axes.plot([task["chance"]] * 2, [place - 0.4, place + 0.4], color=INK, lw=1, ls=":")
+        axes.plot([], [], color=INK, lw=1, ls=":", label="guessing")
+        axes.set_yticks(
+            range(len(found)), ["\n".join([*wrap(task["task"], 20), f"({task['setup']})"]) for task in found]
+        )
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.set(xlim=(-0.03, 1.03), xlabel="share of right answers (right is better)")
-        figure.legend(loc="outside upper left", ncols=2)
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
 
+    tells = sum(task["discriminative"] for task in found)
     caption = (
-        "Share of right answers on tasks that need facts from far back in the prompt (name, tokens of the prompt); the "
-        "strokes are 95 % intervals. Where they overlap widely, the tasks cannot tell the two apart; a task on which even "
-        "the dense model guesses says nothing about sparsity."
+        "Share of right answers to questions whose answer stands far back in the prompt, with 95 % intervals (Wilson). In "
+        f'"{PROMPT}" all of the prompt is read sparsely, in "{QUESTION}" only the question and the answer. The oracle is as '
+        "sparse, but every layer chooses its own tiles: what it loses is the price of dropping, what sparse loses beyond it "
+        "that of reusing another layer's choice. Where intervals overlap widely, the task cannot tell the arms apart, and "
+        "where dense is no better than guessing (dotted) it says nothing about sparsity: "
+        f"{tells} of these {len(found)} rows can tell. n = {_from_to(task['n'] for task in found)} questions, prompts of "
+        f"{_from_to(task['length'] for task in found)} tokens."
     )
     rows = [
         [
-            name,
+            f"{task['task']} ({task['setup']})",
             str(task["n"]),
-            _share(task["dense"], task["dense_ci"]),
-            _share(task["sparse"], task["sparse_ci"]),
+            *(_interval(task[arm], task[f"{arm}_ci"]) for arm in arms),
             "" if task["p_value"] is None else f"{task['p_value']:.3f}",
             "yes" if task["discriminative"] else "no",
         ]
-        for name, task in zip(names, found)
+        for task in found
     ]
-    columns = ("task, tokens", "n", "dense", "sparse", "p of the difference", "tells apart")
-    title = "Tasks"
-    return Plot("tasks", title, draw("tasks", title, 1.2 + 0.42 * len(found), paint), caption, columns, rows)
+    columns = ("task", "n", *arms, "p of sparse against dense", "can tell")
+    title = "Right answers to retrieval tasks"
+    return Plot("tasks", title, draw("tasks", title, 1.2 + 0.62 * len(found), paint), caption, columns, rows)
+
+
+def _from_to(values: Iterable[int]) -> str:
+    least, most = min(values := list(values)), max(values)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def wrap(text: str, width: int) -> list[str]:
@@ -609,8 +661,8 @@ def wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width) or [""]
 
 
-def _share(value: float, interval: Sequence[float] | None) -> str:
-    return f"{value:.0%}" + (f" [{interval[0]:.0%}, {interval[1]:.0%}]" if interval else "")
+def _interval(value: float, interval: Sequence[float]) -> str:
+    return f"{100 * value:.0f} % [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
 
 
 # --- All of them ---
@@ -629,7 +681,7 @@ def sections(report: Mapping[str, Any]) -> Iterator[tuple[str, list[Plot]]]:
     yield "Attention alone", [attention_alone(report)]
     if report["densities"]:
         yield "Trade-off", [trade_off(report)]
-    if report.get("tasks"):
+    if report["tasks"]:
         yield "Tasks", [tasks(report)]
 
 
@@ -638,9 +690,13 @@ def _times(report: Mapping[str, Any]) -> Iterator[Plot]:
     sweep, depths = ([row for row in report[name] if not row["skipped"]] for name in ("sweep", "decode_depths"))
     if sweep:
         title = "Time of a forward by length"
-        yield by_length("sweep", title, sweep, "length", report["sweep_break_even"], "tokens", ("dense", "sparse"))
+        yield by_length(
+            "sweep", title, sweep, "length", report["sweep_break_even"], "tokens", "forward", ("dense", "sparse")
+        )
     if report["decode"]:
         yield decode_time(report)
     if depths:
         title, arms = "Time of a decoded token by depth", ("dense", "keep all", "sparse")
-        yield by_length("depths", title, depths, "depth", report["decode_break_even"], "tokens in the cache", arms)
+        yield by_length(
+            "depths", title, depths, "depth", report["decode_break_even"], "tokens in the cache", "token", arms
+        )

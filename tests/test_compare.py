@@ -48,7 +48,7 @@ def test_what_differs_is_named_with_its_values():
 def test_every_guarded_figure_of_a_full_report_is_there():
     names = figures(reports.report())
     for part in ("degradation", "forward of 512 tokens, sparse", "attention alone, reuse", "sweep, 2048 tokens, dense",
-                 "decoding after 512, sparse", "decoding at depth 8192, keep all", "at density 0.1, sparse", "task variable tracking"):  # fmt: skip
+                 "decoding after 512, sparse", "decoding at depth 8192, keep all", "at density 0.1, sparse", "task niah_single"):  # fmt: skip
         assert [name for name in names if part in name], part
     assert not [name for name in names if "32768" in name], "a depth that was skipped"
 

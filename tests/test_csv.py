@@ -19,7 +19,7 @@ def test_every_measurement_of_a_report_is_a_row():
     tests = [row["test"] for row in measurements(report)]
     counts = {"prefill": 2, "density 0.1": 2, "sweep": 4, "decode": 2, "decode depth": 9, "attention alone": 4}
     assert {test: tests.count(test) for test in counts} == counts
-    assert tests.count("task variable tracking") == 2
+    assert tests.count("task vt (prompt)") == tests.count("task vt (question)") == 3
     assert all(
         set(row) == set(COLUMNS) and all(type(cell) is str for cell in row.values()) for row in measurements(report)
     )
@@ -42,8 +42,9 @@ def test_a_row_has_the_median_of_its_samples_and_the_tokens_that_went_through():
     (step,) = rows_of(report, test="decode depth", arm="sparse", tokens="2048")
     assert float(step["tokens_per_s"]) == pytest.approx(1000 / 40.5, rel=1e-5)
     assert step["perplexity"] == step["score"] == ""
-    (task,) = rows_of(report, test="task key in a haystack", arm="dense")
-    assert (task["score"], task["score_low"], task["median_ms"]) == ("0.95", "0.83", "")
+    (task,) = rows_of(report, test="task niah_single (question)", arm="sparse")
+    assert (task["score"], task["density"], task["n"], task["median_ms"]) == ("0.9", "0.2", "40", "")
+    assert float(task["score_low"]) < 0.9 < float(task["score_high"])
 
 
 def test_rows_are_added_to_a_file_that_is_there(tmp_path):
