@@ -122,9 +122,9 @@ def card(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Date", report["date"].replace("T", " ").replace("+00:00", " UTC")
 
 
-def command(report: Mapping[str, Any]) -> str:
-    """What to type to do it again."""
-    return shlex.join(["python", "benchmark_kascade_final.py", *report["command"]])
+def command(report: Mapping[str, Any]) -> list[str]:
+    """What to type to do it again, word by word."""
+    return ["python", "benchmark_kascade_final.py", *map(shlex.quote, report["command"])]
 
 
 def shown(value: Any) -> str:

@@ -23,6 +23,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch
+from matplotlib.path import Path as Curve
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from report.results import PROMPT, QUESTION, SUCCESS_PCT, from_ranges, pareto_front
@@ -183,7 +184,7 @@ def change_by_window(report: Mapping[str, Any]) -> Plot:
         "windows. Points far apart mean that the cost depends on the text."
     )
     rows = [
-        [str(i), f"{w['dense_perplexity']:.3f}", f"{w['sparse_perplexity']:.3f}", signed(change), f"{w['kl']:.4f}"]
+        [str(i), f"{w['dense_perplexity']:.3f}", f"{w['sparse_perplexity']:.3f}", signed(change), f"{w['kl_nats']:.4f}"]
         for i, (w, change) in enumerate(zip(windows, changes), 1)
     ]
     columns = ("window", "dense perplexity", "sparse perplexity", "change, %", "KL, nats")
@@ -195,7 +196,7 @@ def change_by_window(report: Mapping[str, Any]) -> Plot:
 
 def divergence_tail(report: Mapping[str, Any]) -> Plot:
     """How far the worst tokens' predictions move."""
-    kl, quality = report["quality"]["kl"], report["quality"]
+    kl, quality = report["quality"]["kl_nats"], report["quality"]
     points = [
         (50, kl["median"]),
         (90, kl["p90"]),
@@ -244,13 +245,11 @@ def layers(report: Mapping[str, Any]) -> Plot:
         farthest = max([1, *(i - layer["anchor"] for i, layer in enumerate(schedule) if layer["anchor"] is not None)])
         for i, layer in enumerate(schedule):
             strip.bar(i, 0.4, 0.86, color=MODES[layer["mode"]])
-            if layer["anchor"] is not None:
-                # Bent so that its height follows how far it reaches.
-                bend = -0.3 - 0.25 * (i - layer["anchor"]) / farthest
-                style = dict(arrowstyle="-|>", mutation_scale=6, lw=0.9, color=INK, shrinkA=1, shrinkB=1)
-                ends = (i, 0.42), (layer["anchor"], 0.42)
-                strip.add_patch(FancyArrowPatch(*ends, connectionstyle=f"arc3,rad={-bend}", **style))
-        strip.set_ylim(0, 1.7)
+            if (anchor := layer["anchor"]) is not None:
+                top = 0.8 + 1.4 * (i - anchor) / farthest  # higher the farther it reaches
+                curve = Curve([(i, 0.44), (i, top), (anchor, top), (anchor, 0.44)], [1, 4, 4, 4])
+                strip.add_patch(FancyArrowPatch(path=curve, arrowstyle="-|>", mutation_scale=6, lw=0.9, color=INK))
+        strip.set_ylim(0, 1.85)
         bars.bar(
             range(count), [layer["density"] for layer in schedule], 0.86, color=[MODES[x["mode"]] for x in schedule]
         )
@@ -288,7 +287,10 @@ def similarity(report: Mapping[str, Any]) -> Plot:
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        image = axes.imshow(earlier, cmap="cividis", vmin=0, vmax=1, interpolation="none")
+        low, high = (
+            (np.floor(10 * np.nanmin(earlier)) / 10, np.ceil(10 * np.nanmax(earlier)) / 10) if count > 1 else (0, 1)
+        )
+        image = axes.imshow(earlier, cmap="cividis", vmin=low, vmax=max(high, low + 0.1), interpolation="none")
         axes.plot(
             [a for _, a in pairs], [i for i, _ in pairs], "o", mfc="none", mec=ORANGE, mew=1.6, ms=max(3, 150 / count)
         )
@@ -470,8 +472,8 @@ def by_length(
             axes.plot([], [], f"-{marker}", color=colour, label=arm, lw=1.8, ms=6)
             for x, samples_ in zip(shifted, times(arm)):
                 axes.plot([x] * len(samples_), samples_, marker, color=colour, ms=5, alpha=0.6, mew=0)
-        if between and between[1]:
-            axes.axvspan(between[0] or min(lengths), between[1], color=INK, alpha=0.08, lw=0, label="break-even")
+        if between and None not in between:
+            axes.axvspan(*between, color=INK, alpha=0.08, lw=0, label="break-even")
         axes.set_xscale("log", base=2)
         ticks = apart_enough(lengths)
         axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
@@ -484,7 +486,7 @@ def by_length(
     runs = len(measured[0]["dense_ms"])
     caption = (
         f"Each point is one run (n = {runs} of each arm at each {key}), the lines go through the medians; lower is faster. "
-        f"{_break_even(between)}"
+        f"{_break_even(between, key)}"
     )
     if "keep all" in arms:
         caption += (
@@ -513,14 +515,12 @@ def apart_enough(lengths: Sequence[int]) -> list[int]:
     return ticks[::-1]
 
 
-def _break_even(between: Any) -> str:
-    if not between:
-        return "No length was measured."
+def _break_even(between: Any, key: str) -> str:
     slower, faster = between
     if faster is None:
         return f"Sparse is not faster even at {slower:,} tokens."
     if slower is None:
-        return f"Sparse is faster at every length, from {faster:,} tokens on."
+        return f"Sparse is faster at every {key}, from {faster:,} tokens on."
     return f"Sparse begins to be faster between {slower:,} and {faster:,} tokens (the band)."
 
 

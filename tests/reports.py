@@ -14,8 +14,10 @@ from report.results import (
     Decoding,
     DensityRow,
     DepthRow,
+    Generated,
     Layer,
     LimitCheck,
+    LongContext,
     Machine,
     Model,
     Quality,
@@ -93,6 +95,8 @@ def results(**changes):
         similarity=similarity_LL,
         tile_maps=[tile_map(1), tile_map(4)],
         tasks=tasks(),
+        long_context=LongContext(np.array([2.0, 3.0, 2.5]), np.array([2.1, 3.0, 2.6])),
+        generated=Generated((3, 5, 7), (3, 5, 8)),
         densities=[
             DensityRow(d, 0.08 + 0.92 * d, 20 + math.exp(-8 * d), 9 * math.exp(-8 * d), 0.3, 0.02, 0.01, 0.95, [400.0, 401], [s, s + 9], "FFSS" * 3, "2" * 64)
             for d, s in ((0.1, 300.0), (0.2, 320.0), (0.3, 310.0), (0.5, 380.0))

@@ -103,7 +103,8 @@ def test_three_reports_stand_side_by_side_and_each_is_compared_with_the_first():
         ('{"a": 1}', "is no report of this program"),
         ("[]", "is no report of this program"),
         ('{"format_version": 2, "degradation_pct": 1}', "has format version 2, and this program reads version 3"),
-        ('{"format_version": 3, "degradation_pct": 1}', "a report is damaged"),
+        ('{"format_version": 3, "degradation_pct": 1, "program": "another"}', "is no report of this program"),
+        ('{"format_version": 3, "degradation_pct": 1, "program": "kascade benchmark"}', "a report is damaged"),
     ],
 )
 def test_a_file_that_is_no_report_of_this_version_is_one_sentence(files, tmp_path, capsys, content, message):
