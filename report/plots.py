@@ -111,6 +111,7 @@ def inline(svg: str, name: str, title: str) -> str:
     )
     svg = re.sub(r"(-?\d+\.\d\d)\d+", r"\1", svg)  # hundredths of a unit are enough
     svg = re.sub(r"font: (?:[\w.]+ )?([\d.]+)px [^;\"]+", r"font-size: \1px", svg)
+    svg = re.sub(r" ?font-family: [^;\"]+;?", "", svg)  # the page's
     return re.sub(r"\n\s*", "\n", svg)
 
 
@@ -553,6 +554,7 @@ def trade_off(report: Mapping[str, Any]) -> Plot:
     """Degradation against density and against speedup."""
     rows = [row for row in report["densities"] if row["degradation_pct"] is not None]  # it was beyond numbers
     losses = [row["degradation_pct"] for row in rows]
+    spread_out = max(map(abs, losses), default=0) > 10 * SUCCESS_PCT  # a linear axis would show the largest alone
 
     def panel(axes: Axes, values: Sequence[float], costs: Sequence[float], label: str) -> None:
         front = pareto_front(costs, losses)
@@ -573,6 +575,10 @@ def trade_off(report: Mapping[str, Any]) -> Plot:
         panel(right, speedups, [-value for value in speedups], "speedup, x")
         right.axvline(1, color=INK, lw=1)
         left.set_ylabel("change of perplexity, %")
+        if spread_out:
+            left.set_yscale("symlog", linthresh=SUCCESS_PCT)
+            left.set_yticks(*steps_of(losses))
+            left.yaxis.set_minor_locator(NullLocator())
         handles = [
             Line2D([], [], color=GREEN, marker="D", ms=7, lw=1.5, label="none beats it in both"),
             Line2D([], [], color=BLUE, marker="o", ls="", label="another does"),
@@ -582,7 +588,7 @@ def trade_off(report: Mapping[str, Any]) -> Plot:
 
     caption = (
         f"Each point is a schedule of its own, with the density of its sparse layers beside it (n = {len(rows)} schedules): "
-        "what it costs in perplexity (lower is better; strokes are ± one standard error) against the share of attention "
+        f"what it costs in perplexity (lower is better; strokes are ± one standard error{', logarithmic beyond ±2 %' * spread_out}) against the share of attention "
         "that all layers keep (left panel; left is sparser), and against the speedup of a forward of "
         f"{report['config']['seq_len']:,} tokens (right panel; right of the line at 1 is faster than dense; medians of "
         f"{report['config']['n_runs']} runs). Green diamonds are the ones worth choosing from (the Pareto front): no other "
@@ -601,6 +607,15 @@ def trade_off(report: Mapping[str, Any]) -> Plot:
     title = "Trade-off between density, quality and time"
     columns = ("of sparse layers", "density", "change of perplexity, %", "KL, nats", "speedup")
     return Plot("trade-off", title, draw("trade-off", title, 3.2, paint), caption, columns, table)
+
+
+def steps_of(values: Sequence[float]) -> tuple[list[float], list[str]]:
+    """Ticks of a logarithmic axis of either sign that holds the values: 0, and 1, 2 and 5 times powers of ten."""
+    steps = [factor * 10.0**power for power in range(0, 9) for factor in (2, 5, 10)]
+    above = [step for step in steps if step <= max(values)]
+    below = [-step for step in steps if step <= -min(values)]
+    ticks = sorted([*below[:: -(-len(below) // 5) or 1], 0.0, *above[:: -(-len(above) // 5) or 1]])
+    return ticks, [f"{tick:,g}" for tick in ticks]
 
 
 def tasks(report: Mapping[str, Any]) -> Plot:
