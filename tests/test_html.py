@@ -77,7 +77,7 @@ def test_every_plot_has_a_caption_with_its_n_and_its_numbers_as_a_table(full):
     figures = re.findall(r"<figure.*?</figure>", full, re.DOTALL)
     assert len(figures) == 13
     for figure in figures:
-        caption = re.search(r"<figcaption>(.*?)<details>", figure, re.DOTALL)[1]
+        caption = re.search(r"<figcaption>(.*?)<details", figure, re.DOTALL)[1]
         assert len(caption) > 80
         assert re.search(r"<svg viewBox=[^>]* role=\"img\" aria-label=\"[^\"]+\"", figure)
         assert figure.count("<tr>") >= 2

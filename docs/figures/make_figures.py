@@ -1,7 +1,7 @@
 """Draws the figures of README.md and docs/ from a finished run's report, as the page of --html draws them.
 
-kascade.svg shows how an anchor keeps tiles (a sketch of eight), and which layers reuse whose in that run. trade-off.svg is
-drawn where the run had --densities, depths.svg where it timed decoding by depth. Each has a background of its own, so
+kascade.svg shows how an anchor keeps tiles (a sketch of eight), and which layers reuse whose in that run. trade-off.svg
+is drawn where the run had --densities, depths.svg where it timed decoding by depth. Each has a background of its own, so
 that it can be read on light and dark pages.
 
   python benchmark_kascade_final.py --densities 0.1,0.2,0.3,0.5 --json report.json
@@ -111,7 +111,7 @@ def schedule(report: dict[str, Any], left: float, top: float, width: float) -> l
     """The strip with its title and legend."""
     layers = report["schedule"]
     counts = {mode: sum(layer["mode"] == mode for layer in layers) for mode in MODE_COLOURS}
-    facts = f"{report['config']['seq_len']} tokens: {plots.share(report['density'])} of the causal tile pairs are attended to"
+    facts = f"{report['config']['seq_len']} tokens: {report['density']:.1%} of the causal tile pairs are attended to"
     entries = [
         (MODE_COLOURS["DENSE"], f"{counts['DENSE']} DENSE: attends to every tile"),
         (MODE_COLOURS["ANCHOR"], f"{counts['ANCHOR']} ANCHOR: scores every tile and attends to those that it keeps"),
