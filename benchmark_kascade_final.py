@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import datetime
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from kascade_core import (
 )
 from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
 from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, measure_task, oracle_of
-from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depths
+from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depth
 from measure.densities import map_tiles, measure_density
 from measure.layerwise import Calibration
 from measure.machine import (
@@ -230,7 +230,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     if settings.html:
         maps = map_tiles(model_dense, params, test_ids, model_sparse.schedule, attended, mesh)
         results = dataclasses.replace(results, tile_maps=maps)
-    sweep_earlier, densities_earlier = earlier_rows(settings.json, results)
+    earlier = earlier_rows(settings.json, results)
 
     def finished(rows: list[Any], was_there: bool, field: str, line: Callable[[Any], str]) -> None:
         show(line(rows[-1]) + was_there * f"  (from {settings.json})")
@@ -247,19 +247,20 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
             windows=windows.test,
         )
         finish = partial(finished, field="densities", line=console.density_row)
-        rows = measure_rows(settings.densities, densities_earlier, measure_one, finish)
+        rows = measure_rows(settings.densities, earlier.densities, measure_one, finish)
         results = dataclasses.replace(results, densities=rows)
     if settings.sweep:
         show("\n" + console.sweep_header(meaning))
         models = {"dense": model_dense, "sparse": model_sparse}
         measure_one = partial(measure_length, models, params, test_ids, mesh=mesh, n_runs=settings.n_runs)
         finish = partial(finished, field="sweep", line=console.sweep_row)
-        rows = measure_rows(settings.sweep, sweep_earlier, measure_one, finish)
+        rows = measure_rows(settings.sweep, earlier.sweep, measure_one, finish)
         results = dataclasses.replace(results, sweep=rows)
         show(console.sweep_break_even(rows))
 
     arms = Arms(model_dense, model_sparse, {"dense": dense, "sparse": sparse}, params, mesh)
-    decoding, depths, generated = decode(arms, windows, settings, tokenizer)
+    finish = partial(finished, field="depths", line=console.depth_row)
+    decoding, depths, generated = decode(arms, windows, settings, tokenizer, earlier.depths, finish)
 
     return dataclasses.replace(
         results,
@@ -272,16 +273,22 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
 
 
 def decode(
-    arms: Arms, windows: Windows, settings: Settings, tokenizer: TextTokenizer
+    arms: Arms,
+    windows: Windows,
+    settings: Settings,
+    tokenizer: TextTokenizer,
+    earlier: Mapping[int, DepthRow],
+    finish: Callable[[list[DepthRow], bool], None],
 ) -> tuple[Decoding | None, list[DepthRow], Generated | None]:
-    """The part of the run that decodes token by token."""
+    """The part of the run that decodes token by token; `earlier` and `finish` are of `measure_rows`."""
     decoding, depths, generated = None, [], None
     if settings.decode:
         decoding = decode_windows(arms, windows, settings)
         show("\n" + console.decoding(decoding, settings.dtype))
     if settings.depths:
         show(console.depths_header(settings.batch))
-        depths = measure_depths(arms, settings, lambda row: show(console.depth_row(row)))
+        measure_one = partial(measure_depth, arms, batch=settings.batch, n_runs=settings.n_runs)
+        depths = measure_rows(settings.depths, earlier, measure_one, finish)
         show(console.sweep_break_even(depths) + "\n")
     if settings.generate:
         generated = generate(arms, windows.test[0], settings.generate, settings.prefill)

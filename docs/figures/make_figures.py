@@ -1,8 +1,8 @@
 """Draws the figures of README.md and docs/ from a finished run's report, as the page of --html draws them.
 
 kascade.svg shows how an anchor keeps tiles (a sketch of eight), and which layers reuse whose in that run. trade-off.svg
-is drawn where the run had --densities, depths.svg where it timed decoding by depth. Each has a background of its own, so
-that it can be read on light and dark pages.
+is drawn where the run had --densities, depths.svg where it timed decoding by depth. Each has a background of its own,
+so that it can be read on light and dark pages.
 
   python benchmark_kascade_final.py --densities 0.1,0.2,0.3,0.5 --json report.json
   python -m docs.figures.make_figures report.json
