@@ -1,5 +1,6 @@
 """report/tables.py: a report's measurements, a row each, in CSV and Markdown files that grow."""
 
+import contextlib
 import csv
 
 import pytest
@@ -89,6 +90,16 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_run(tmp_path, name)
     for path in (tmp_path / "no" / "file", tmp_path, "/dev/stdout"):
         with pytest.raises(InputError, match=f"{name}: cannot write"):
             Settings(**{name: tmp_path.__class__(path)})
+
+
+@pytest.mark.parametrize(("name", "is_refused"), [("csv", True), ("markdown", True), ("html", False)])
+def test_a_table_that_is_closed_to_us_is_refused_before_the_run(tmp_path, monkeypatch, name, is_refused):
+    """The folder is open: a page would be replaced there. The tests' own user may write anything."""
+    path = tmp_path / "closed"
+    path.touch()
+    monkeypatch.setattr("measure.settings.os.access", lambda asked, mode: asked != path)
+    with pytest.raises(InputError, match=f"{name}: cannot write") if is_refused else contextlib.nullcontext():
+        Settings(**{name: path})
 
 
 def test_two_reports_in_one_file_are_refused(tmp_path):

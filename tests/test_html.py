@@ -5,12 +5,15 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import reports
 
+from docs.figures import make_figures
 from report import html, plots
-from report.results import NOTHING_DROPPED, as_ranges, from_ranges, pareto_front
+from report.results import NOTHING_DROPPED, as_ranges, from_ranges, pareto_front, write_json
 
 ROOT = Path(__file__).parents[1]
 MEGABYTE = 10**6
@@ -173,6 +176,92 @@ def test_ranges_are_read_as_they_were_written(numbers):
 def test_the_pareto_front_leaves_out_what_another_beats_in_both():
     assert pareto_front([0.1, 0.2, 0.3, 0.25], [9, 4, 2, 5]) == [0, 1, 2]
     assert pareto_front([1, 1], [3, 2]) == [1]
+
+
+def test_a_long_command_is_broken_between_its_words_alone():
+    page = html.page(reports.report() | {"command": ["--text", "a b'c", "--html", "x.html"]})
+    words = re.search(r"<pre>(.*?)</pre>", page)[1]
+    assert re.sub("<.*?>", "", words) == (
+        "python benchmark_kascade_final.py --text &#39;a b&#39;&#34;&#39;&#34;&#39;c&#39; --html x.html"
+    )
+    assert words.count("<span>") == 6
+
+
+def test_both_set_ups_of_a_task_have_a_row_each_with_all_three_arms():
+    plot = plots.tasks(reports.report())
+    assert [row[0] for row in plot.rows] == [
+        "niah_single (prompt)",
+        "niah_single (question)",
+        "vt (prompt)",
+        "vt (question)",
+    ]
+    assert plot.columns[2:5] == ("dense", "oracle", "sparse")
+    assert plot.rows[0][2].startswith("95 % [") and plot.rows[0][4].startswith("75 % [")
+    assert "2 of these 4 rows can tell. n = 40 questions, prompts of 1,900 tokens" in plot.caption
+
+
+def test_every_timed_run_is_a_point():
+    """A marker each in the plot by depth: 2 runs of 3 arms at 3 depths, and 3 in the legend."""
+    report = reports.report()
+    (plot,) = [plot for _, found in plots.sections(report) for plot in found if plot.name == "depths"]
+    assert plot.svg.count("<use ") == 2 * 3 * 3 + 3 + 3 + 5  # and the ticks
+    assert "between 512 and 2,048 tokens" not in plot.caption
+
+
+@pytest.mark.parametrize(
+    ("between", "sentence"),
+    [
+        ((512, 2048), "begins to be faster between 512 and 2,048 tokens (the band)"),
+        ((None, 512), "is faster at every depth, from 512 tokens on"),
+        ((8192, None), "is not faster even at 8,192 tokens"),
+    ],
+)
+def test_the_caption_says_where_sparse_begins_to_be_faster(between, sentence):
+    report = reports.report() | {"decode_break_even": between}
+    (plot,) = [plot for _, found in plots.sections(report) for plot in found if plot.name == "depths"]
+    assert sentence in plot.caption
+    assert ("break-even" in plot.svg) == (None not in between)
+
+
+def test_lengths_whose_labels_would_touch_have_none():
+    assert plots.apart_enough(np.array([512, 2048, 8192])) == [512, 2048, 8192]
+    assert plots.apart_enough(np.array([512, 513, 600, 8192])) == [600, 8192]
+    assert plots.apart_enough(np.array([64])) == [64]
+
+
+def test_a_loss_far_beyond_the_others_does_not_flatten_them():
+    report = reports.report()
+    assert "logarithmic" not in plots.trade_off(report).caption
+    for row, loss in zip(report["densities"], (177.4, 65.1, -0.2, None), strict=True):
+        row["degradation_pct"] = loss
+    plot = plots.trade_off(report)
+    assert "logarithmic beyond ±2 %" in plot.caption and "n = 3 schedules" in plot.caption
+    assert len(plot.rows) == 3, "the fourth was beyond what a number can hold"
+    ticks, labels = plots.steps_of([177.4, 65.1, -0.2])
+    assert ticks == sorted(ticks) and 0 in ticks and max(ticks) == 100 and len(labels) <= 6
+
+
+# --- Figures of the docs ---
+
+
+def test_the_docs_figures_are_the_pages_plots_on_a_card_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_figures, "FOLDER", tmp_path)
+    write_json(tmp_path / "report.json", reports.report())
+    assert make_figures.main([str(tmp_path / "report.json")]) == 0
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"kascade.svg", "trade-off.svg", "depths.svg"}
+    for path in tmp_path.glob("*.svg"):
+        drawing = ElementTree.parse(path)
+        assert drawing.find("{http://www.w3.org/2000/svg}rect").get("fill") == make_figures.CARD
+        assert not re.search("currentColor|var\\(", path.read_text())
+    assert "Time of a decoded token by depth" in (tmp_path / "depths.svg").read_text()
+    assert list(make_figures.draw(reports.plain_run().to_json())) == ["kascade.svg"]
+
+
+def test_a_file_that_is_no_report_gives_no_figures(tmp_path, capsys):
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        make_figures.main([str(tmp_path / "report.json")])
+    assert "is no report of this program" in capsys.readouterr().err
 
 
 def test_a_run_without_a_page_loads_neither_jinja2_nor_matplotlib():
