@@ -551,34 +551,25 @@ def attention_alone(report: Mapping[str, Any]) -> Plot:
 
 
 def trade_off(report: Mapping[str, Any]) -> Plot:
-    """Degradation against density and against speedup."""
-    rows = [row for row in report["densities"] if row["degradation_pct"] is not None]  # it was beyond numbers
+    """Degradation against density and against speedup, of every schedule at a density and the run's own."""
+    own = {name: report[name] for name in ("density", "degradation_pct", "speedup")} | {"name": "this run"}
+    own |= {"error_pct": report["quality"]["error_pct"], "kl_nats": report["quality"]["kl_nats"]["mean"]}
+    rows = [*(row | {"name": f"{100 * row['asked']:g} %"} for row in report["densities"]), own]
+    rows = [row for row in rows if row["degradation_pct"] is not None]  # it was beyond numbers
     losses = [row["degradation_pct"] for row in rows]
     spread_out = max(map(abs, losses), default=0) > 10 * SUCCESS_PCT  # a linear axis would show the largest alone
 
-    def panel(axes: Axes, values: Sequence[float], costs: Sequence[float], label: str) -> None:
-        front = pareto_front(costs, losses)
-        axes.axhline(SUCCESS_PCT, color=INK, lw=1, ls=":")
-        axes.errorbar(values, losses, [row["error_pct"] or 0 for row in rows], fmt="none", ecolor=BLUE, elinewidth=1.2)
-        axes.plot(values, losses, "o", color=BLUE, ms=6)
-        axes.plot([values[i] for i in front], [losses[i] for i in front], "-D", color=GREEN, lw=1.5, ms=7)
-        for value, loss, row in zip(values, losses, rows):
-            axes.annotate(f"{100 * row['asked']:g} %", (value, loss), (6, 4), textcoords="offset points", fontsize=9.5)
-        axes.set(xlabel=label)
-        axes.margins(x=0.22, y=0.14)
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-
     def paint(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
-        densities, speedups = ([row[name] for row in rows] for name in ("density", "speedup"))
-        panel(left, [100 * value for value in densities], densities, "density, %")
-        panel(right, speedups, [-value for value in speedups], "speedup, x")
+        _against(left, rows, [100 * row["density"] for row in rows], 1, "density, %")
+        _against(right, rows, [row["speedup"] for row in rows], -1, "speedup, x")
         right.axvline(1, color=INK, lw=1)
         left.set_ylabel("change of perplexity, %")
         if spread_out:
             left.set_yscale("symlog", linthresh=SUCCESS_PCT)
             left.set_yticks(*steps_of(losses))
             left.yaxis.set_minor_locator(NullLocator())
+            left.set_ylim(2 * min(*losses, -SUCCESS_PCT / 4), 2 * max(losses))
         handles = [
             Line2D([], [], color=GREEN, marker="D", ms=7, lw=1.5, label="none beats it in both"),
             Line2D([], [], color=BLUE, marker="o", ls="", label="another does"),
@@ -586,27 +577,47 @@ def trade_off(report: Mapping[str, Any]) -> Plot:
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, columnspacing=1.2)
 
+    scale = f"; logarithmic beyond ±{SUCCESS_PCT:g} %" if spread_out else ""
     caption = (
-        f"Each point is a schedule of its own, with the density of its sparse layers beside it (n = {len(rows)} schedules): "
-        f"what it costs in perplexity (lower is better; strokes are ± one standard error{', logarithmic beyond ±2 %' * spread_out}) against the share of attention "
-        "that all layers keep (left panel; left is sparser), and against the speedup of a forward of "
+        "Each point is a schedule, with the density that was asked for its sparse layers beside it, or this run's own "
+        f"(n = {len(rows)}): what it costs in perplexity (lower is better; strokes are ± one standard error{scale}) against "
+        "the share of attention that all layers keep (left panel; left is sparser), and against the speedup of a forward of "
         f"{report['config']['seq_len']:,} tokens (right panel; right of the line at 1 is faster than dense; medians of "
         f"{report['config']['n_runs']} runs). Green diamonds are the ones worth choosing from (the Pareto front): no other "
         "is better in both."
     )
     table = [
         [
-            share(r["asked"], 0),
-            share(r["density"]),
-            of_error(r["degradation_pct"], r["error_pct"]),
-            f"{r['kl_nats']:.4f}",
-            f"{r['speedup']:.2f}x",
+            row["name"],
+            share(row["density"]),
+            of_error(row["degradation_pct"], row["error_pct"]),
+            f"{row['kl_nats']:.4f}",
+            f"{row['speedup']:.2f}x",
         ]
-        for r in rows
+        for row in rows
     ]
     title = "Trade-off between density, quality and time"
-    columns = ("of sparse layers", "density", "change of perplexity, %", "KL, nats", "speedup")
-    return Plot("trade-off", title, draw("trade-off", title, 3.2, paint), caption, columns, table)
+    columns = ("asked", "density", "change of perplexity, %", "KL, nats", "speedup")
+    return Plot("trade-off", title, draw("trade-off", title, 3.3, paint), caption, columns, table)
+
+
+def _against(axes: Axes, rows: Sequence[Mapping[str, Any]], values: Sequence[float], better: int, label: str) -> None:
+    """Degradations against something that is better where it is low (1) or high (-1), with the Pareto front."""
+    losses = [row["degradation_pct"] for row in rows]
+    front = pareto_front([better * value for value in values], losses)
+    axes.axhline(SUCCESS_PCT, color=INK, lw=1, ls=":")
+    axes.errorbar(values, losses, [row["error_pct"] or 0 for row in rows], fmt="none", ecolor=BLUE, elinewidth=1.2)
+    axes.plot(values, losses, "o", color=BLUE, ms=6)
+    axes.plot([values[i] for i in front], [losses[i] for i in front], "-D", color=GREEN, lw=1.5, ms=7)
+    offset = (7, 4) if better > 0 else (7, -11)  # clear of the front's line
+    for value, loss, row in zip(values, losses, rows):
+        axes.annotate(row["name"], (value, loss), offset, textcoords="offset points", fontsize=9.5)
+    shown = [*values, 1] if better < 0 else values  # a speedup of 1 is dense's
+    span = max(shown, default=1) - min(shown, default=0) or 1
+    axes.set_xlim(min(shown, default=0) - 0.12 * span, max(shown, default=1) + 0.4 * span)
+    axes.set_xlabel(label)
+    axes.margins(y=0.14)
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
 
 
 def steps_of(values: Sequence[float]) -> tuple[list[float], list[str]]:
@@ -614,7 +625,7 @@ def steps_of(values: Sequence[float]) -> tuple[list[float], list[str]]:
     steps = [factor * 10.0**power for power in range(0, 9) for factor in (2, 5, 10)]
     above = [step for step in steps if step <= max(values)]
     below = [-step for step in steps if step <= -min(values)]
-    ticks = sorted([*below[:: -(-len(below) // 5) or 1], 0.0, *above[:: -(-len(above) // 5) or 1]])
+    ticks = sorted([0.0, *below[:: -len(below) // 5 or -1], *above[:: -len(above) // 5 or -1]])
     return ticks, [f"{tick:,g}" for tick in ticks]
 
 

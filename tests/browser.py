@@ -19,6 +19,20 @@ if (document.documentElement.scrollWidth > innerWidth) wide.push('the page scrol
 return wide; })()"""
 
 
+TEXTS = """(() => { const faults = [];
+for (const svg of document.querySelectorAll('svg')) { const outer = svg.getBoundingClientRect();
+  const texts = [...svg.querySelectorAll('text')].filter(text => text.textContent.trim());
+  const boxes = texts.map(text => text.getBoundingClientRect());
+  boxes.forEach((a, i) => { const name = svg.ariaLabel + ': ' + texts[i].textContent;
+    const size = parseFloat(getComputedStyle(texts[i]).fontSize) * outer.width / svg.viewBox.baseVal.width;
+    if (size < 9) faults.push(name + ' is ' + size + ' pixels');
+    if (a.left < outer.left - 1 || a.right > outer.right + 1 || a.top < outer.top - 1 || a.bottom > outer.bottom + 1) faults.push(name + ' is cut');
+    boxes.slice(0, i).forEach((b, j) => { // a line's box is higher than its letters
+      if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 5)
+        faults.push(name + ' lies over ' + texts[j].textContent); }); }); }
+return faults; })()"""
+
+
 class Browser:
     """One page of a fresh profile; `events` is everything that Chromium reported of it."""
 
@@ -83,6 +97,14 @@ class Browser:
     def too_wide(self):
         """The elements that reach out of the window, with every table unfolded."""
         return self.evaluate(WIDER)
+
+    def unreadable(self):
+        """The texts of plots that are small, cut, or lie over one another."""
+        return self.evaluate(TEXTS)
+
+    def printed(self):
+        """The page on paper, a PDF."""
+        return base64.b64decode(self.call("Page.printToPDF")["data"])
 
     def requested(self):
         """The addresses that the page asked for."""
