@@ -40,16 +40,14 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(prefix="kascade_chromium_", ignore_cleanup_errors=True)
         from_us, self.to_chromium = os.pipe()
         self.from_chromium, to_us = os.pipe()
-        command = [shutil.which("chromium"), *FLAGS, f"--user-data-dir={self.profile.name}", "about:blank"]
-
-        # Chromium reads from descriptor 3 and writes to 4; Python closes all others in the child.
-        def place():
-            source, target = os.dup(from_us), os.dup(to_us)
-            os.dup2(source, 3)
-            os.dup2(target, 4)
-
+        # Chromium reads from descriptor 3 and writes to 4, which the shell makes of ours.
+        places = f'exec "$0" "$@" 3<&{from_us} 4>&{to_us}'
+        chromium = [shutil.which("chromium"), *FLAGS, f"--user-data-dir={self.profile.name}", "about:blank"]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=place, close_fds=False
+            ["bash", "-c", places, *chromium],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(from_us, to_us),
         )
         os.close(from_us)
         os.close(to_us)
