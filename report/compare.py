@@ -148,7 +148,9 @@ def _described(report: Mapping[str, Any]) -> dict[str, Any]:
         described |= {f"{part} {name}": value for name, value in report[part].items()}
     for role, text in report["texts"].items():
         described |= {f"text {role} {name}": value for name, value in text.items()}
-    return described | {name: report[name] for name in ("kernel", "git_commit", "layer_types", "schedule_sha256")}
+    return described | {
+        name: report[name] for name in ("finished", "kernel", "git_commit", "layer_types", "schedule_sha256")
+    }
 
 
 def side_by_side(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -39,9 +39,11 @@ def test_what_differs_is_named_with_its_values():
     first, second = reports.report(), reports.report()
     second["config"]["threshold"], second["versions"]["jax"] = 0.5, "99"
     second["config"]["json"] = "another.json"
+    second["finished"] = False
     assert differences([first, second]) == [
         ["--threshold", "0.65", "0.5"],
         ["versions jax", first["versions"]["jax"], "99"],
+        ["finished", "True", "False"],
     ]
 
 
@@ -67,6 +69,15 @@ def test_every_guarded_figure_of_a_full_report_is_there():
 def test_a_change_is_beyond_the_error_or_not(before, after, change, beyond):
     assert after.change(before) == (None if change is None else pytest.approx(change))
     assert after.beyond_error(before) is beyond
+
+
+def test_both_set_ups_of_a_task_are_compared_with_the_error_of_their_interval():
+    found = figures(reports.report())
+    assert len([name for name in found if name.startswith("task vt (")]) == 6
+    figure = found["task niah_single (prompt), 1900 tokens, sparse, share"]
+    assert (figure.value, figure.guarded) == (0.75, False)
+    low, high = reports.tasks()[0].sparse.interval
+    assert figure.error == pytest.approx((high - low) / 3.92)
 
 
 def test_the_exit_code_says_that_a_later_run_is_slower(files, capsys):
