@@ -288,9 +288,7 @@ def similarity(report: Mapping[str, Any]) -> Plot:
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        low, high = (
-            (np.floor(10 * np.nanmin(earlier)) / 10, np.ceil(10 * np.nanmax(earlier)) / 10) if count > 1 else (0, 1)
-        )
+        low, high = np.floor(10 * np.nanmin(earlier)) / 10, np.ceil(10 * np.nanmax(earlier)) / 10
         image = axes.imshow(earlier, cmap="cividis", vmin=low, vmax=max(high, low + 0.1), interpolation="none")
         axes.plot(
             [a for _, a in pairs], [i for i, _ in pairs], "o", mfc="none", mec=ORANGE, mew=1.6, ms=max(3, 150 / count)
@@ -464,6 +462,8 @@ def by_length(
     def times(arm: str) -> list[Sequence[float]]:
         return [row[f"{arm.replace(' ', '_')}_ms"] for row in measured]
 
+    medians = [statistics.median(samples_) for arm in arms for samples_ in times(arm)]
+
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         for place, arm in enumerate(arms):
@@ -479,7 +479,11 @@ def by_length(
         ticks = apart_enough(lengths)
         axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(0)
+        if max(medians) > 30 * min(medians):
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_ylim(0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set(xlabel=f"{what} (logarithmic)", ylabel=f"milliseconds a {unit}")
         figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
@@ -509,7 +513,7 @@ def by_length(
 
 def apart_enough(lengths: Sequence[int]) -> list[int]:
     """Those of the ascending lengths whose labels have room beside each other on a logarithmic axis."""
-    room, ticks = np.log2(lengths[-1] / lengths[0]) / 7, [int(lengths[-1])]
+    room, ticks = np.log2(lengths[-1] / lengths[0]) / 5, [int(lengths[-1])]
     for length in reversed(lengths[:-1]):
         if np.log2(ticks[-1] / length) >= room:
             ticks.append(int(length))
@@ -570,6 +574,8 @@ def trade_off(report: Mapping[str, Any]) -> Plot:
             left.set_yticks(*steps_of(losses))
             left.yaxis.set_minor_locator(NullLocator())
             left.set_ylim(2 * min(*losses, -SUCCESS_PCT / 4), 2 * max(losses))
+        _label(left, rows, [100 * row["density"] for row in rows], (7, 4))  # clear of the front's line
+        _label(right, rows, [row["speedup"] for row in rows], (7, -11))
         handles = [
             Line2D([], [], color=GREEN, marker="D", ms=7, lw=1.5, label="none beats it in both"),
             Line2D([], [], color=BLUE, marker="o", ls="", label="another does"),
@@ -579,7 +585,8 @@ def trade_off(report: Mapping[str, Any]) -> Plot:
 
     scale = f"; logarithmic beyond ±{SUCCESS_PCT:g} %" if spread_out else ""
     caption = (
-        "Each point is a schedule, with the density that was asked for its sparse layers beside it, or this run's own "
+        "Each point is a schedule, with the density that was asked for its sparse layers beside it (where there is room), or "
+        "this run's own "
         f"(n = {len(rows)}): what it costs in perplexity (lower is better; strokes are ± one standard error{scale}) against "
         "the share of attention that all layers keep (left panel; left is sparser), and against the speedup of a forward of "
         f"{report['config']['seq_len']:,} tokens (right panel; right of the line at 1 is faster than dense; medians of "
@@ -609,15 +616,23 @@ def _against(axes: Axes, rows: Sequence[Mapping[str, Any]], values: Sequence[flo
     axes.errorbar(values, losses, [row["error_pct"] or 0 for row in rows], fmt="none", ecolor=BLUE, elinewidth=1.2)
     axes.plot(values, losses, "o", color=BLUE, ms=6)
     axes.plot([values[i] for i in front], [losses[i] for i in front], "-D", color=GREEN, lw=1.5, ms=7)
-    offset = (7, 4) if better > 0 else (7, -11)  # clear of the front's line
-    for value, loss, row in zip(values, losses, rows):
-        axes.annotate(row["name"], (value, loss), offset, textcoords="offset points", fontsize=9.5)
     shown = [*values, 1] if better < 0 else values  # a speedup of 1 is dense's
     span = max(shown, default=1) - min(shown, default=0) or 1
     axes.set_xlim(min(shown, default=0) - 0.12 * span, max(shown, default=1) + 0.4 * span)
     axes.set_xlabel(label)
     axes.margins(y=0.14)
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+
+
+def _label(axes: Axes, rows: Sequence[Mapping[str, Any]], values: Sequence[float], offset: tuple[int, int]) -> None:
+    """Names beside the points, from the last on; one that would touch another's is left out."""
+    in_axes, placed = axes.transScale + axes.transLimits, []
+    for value, row in list(zip(values, rows))[::-1]:
+        point = value, row["degradation_pct"]
+        x, y = in_axes.transform(point)
+        if all(abs(x - a) > 0.26 or abs(y - b) > 0.065 for a, b in placed):
+            axes.annotate(row["name"], point, offset, textcoords="offset points", fontsize=9.5)
+            placed.append((x, y))
 
 
 def steps_of(values: Sequence[float]) -> tuple[list[float], list[str]]:
@@ -699,7 +714,7 @@ def sections(report: Mapping[str, Any]) -> Iterator[tuple[str, list[Plot]]]:
     overflow = report["quality"]["degradation_pct"] is None  # the perplexity was beyond what a number can hold
     yield "Quality", [*([] if overflow else [change_by_window(report)]), divergence_tail(report)]
     yield "Layers", [layers(report)]
-    if report["similarity"]:
+    if len(report["similarity"] or ()) > 1:
         yield "Similarity of layers", [similarity(report)]
     if report["tile_maps"]:
         yield "Tiles", [tile_map(report, found) for found in report["tile_maps"]]

@@ -2,10 +2,12 @@
 
 import contextlib
 import csv
+import re
 
 import pytest
 import reports
 
+import benchmark_kascade_final as benchmark
 from errors import InputError
 from measure.settings import Settings
 from report.tables import COLUMNS, append_csv, append_markdown, check_csv, check_markdown, markdown_row, measurements
@@ -83,6 +85,16 @@ def test_a_files_other_columns_are_refused_before_the_run(tmp_path):
     path.write_text("")
     check_csv(path)
     check_markdown(path)
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--markdown"])
+def test_the_command_refuses_another_tables_columns_in_one_sentence_before_it_looks_for_a_model(tmp_path, capsys, flag):
+    (tmp_path / "rows").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main([flag, str(tmp_path / "rows"), "--weights_dir", str(tmp_path / "none"), "--quiet"])
+    error = capsys.readouterr().err
+    assert re.fullmatch("error: .*rows: expected (a table with )?the columns .*, got .*a.*b.*\n", error)
+    assert (tmp_path / "rows").read_text() == "a,b\n1,2\n"
 
 
 @pytest.mark.parametrize("name", ["html", "csv", "markdown"])

@@ -49,6 +49,11 @@ def headings(page):
     return re.findall(r"<h2[^>]*>(.*?)</h2>", page)
 
 
+def plot_named(report, name):
+    (plot,) = [plot for _, found in plots.sections(report) for plot in found if plot.name == name]
+    return plot
+
+
 def test_the_page_has_every_part_in_the_order_in_which_it_is_asked(full):
     assert headings(full) == [
         "Quality", "Layers", "Similarity of layers", "Tiles", "Time", "Attention alone", "Trade-off", "Tasks",
@@ -205,7 +210,7 @@ def test_both_set_ups_of_a_task_have_a_row_each_with_all_three_arms():
 def test_every_timed_run_is_a_point():
     """A marker each in the plot by depth: 2 runs of 3 arms at 3 depths, and 3 in the legend."""
     report = reports.report()
-    (plot,) = [plot for _, found in plots.sections(report) for plot in found if plot.name == "depths"]
+    plot = plot_named(report, "depths")
     assert plot.svg.count("<use ") == 2 * 3 * 3 + 3 + (3 + 5)  # the last are ticks
 
 
@@ -219,7 +224,7 @@ def test_every_timed_run_is_a_point():
 )
 def test_the_caption_says_where_sparse_begins_to_be_faster(between, sentence):
     report = reports.report() | {"decode_break_even": between}
-    (plot,) = [plot for _, found in plots.sections(report) for plot in found if plot.name == "depths"]
+    plot = plot_named(report, "depths")
     assert sentence in plot.caption
     assert ("break-even" in plot.svg) == (None not in between)
 
@@ -242,6 +247,27 @@ def test_a_loss_far_beyond_the_others_does_not_flatten_them():
     )
     ticks, labels = plots.steps_of([177.4, 65.1, -0.2])
     assert ticks == sorted(ticks) and 0 in ticks and max(ticks) == 100 and len(labels) <= 6
+
+
+def test_points_whose_names_would_touch_have_none_in_the_plot_and_all_have_a_row():
+    report = reports.report()
+    crowd = [report["densities"][0] | {"asked": asked, "density": asked} for asked in (0.1, 0.101, 0.102)]
+    report["densities"] = [*crowd, *report["densities"][1:]]
+    plot = plots.trade_off(report)
+    assert [row[0] for row in plot.rows] == ["10 %", "10.1 %", "10.2 %", "20 %", "30 %", "50 %", "this run"]
+    assert "10.2 %" in plot.svg and "10.1 %" not in plot.svg
+
+
+def test_times_of_very_different_lengths_are_on_a_logarithmic_axis():
+    report = reports.report()
+    assert ">0<" in plot_named(report, "sweep").svg
+    report["sweep"][0] |= {"dense_ms": [1.0], "sparse_ms": [1.5]}
+    assert ">0<" not in plot_named(report, "sweep").svg
+
+
+def test_one_layer_alone_is_compared_with_none():
+    report = reports.plain_run().to_json() | {"similarity": [[1.0]]}
+    assert "Similarity of layers" not in [heading for heading, _ in plots.sections(report)]
 
 
 # --- Figures of the docs ---
