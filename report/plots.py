@@ -523,10 +523,10 @@ def apart_enough(lengths: Sequence[int]) -> list[int]:
 def _break_even(between: Any, key: str) -> str:
     slower, faster = between
     if faster is None:
-        return f"Sparse is not faster even at {slower:,} tokens."
+        return f"By the medians sparse is not faster even at {slower:,} tokens."
     if slower is None:
-        return f"Sparse is faster at every {key}, from {faster:,} tokens on."
-    return f"Sparse begins to be faster between {slower:,} and {faster:,} tokens (the band)."
+        return f"By the medians sparse is faster at every {key}, from {faster:,} tokens on."
+    return f"By the medians sparse begins to be faster between {slower:,} and {faster:,} tokens (the band)."
 
 
 def attention_alone(report: Mapping[str, Any]) -> Plot:
