@@ -688,7 +688,7 @@ def tasks(report: Mapping[str, Any]) -> Plot:
         ]
         for task in found
     ]
-    columns = ("task", "n", *arms, "p of sparse against dense", "can tell")
+    columns = ("task", "n", *arms, "p (McNemar)", "can tell")
     title = "Right answers to retrieval tasks"
     return Plot("tasks", title, draw("tasks", title, 1.2 + 0.62 * len(found), paint), caption, columns, rows)
 
