@@ -44,7 +44,7 @@ from kascade_core import (
 )
 from llama_model import Forward, LlamaConfig, LlamaModel, Output, count_parameters, load_weights
 from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, measure_task, oracle_of
-from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depths
+from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depth
 from measure.densities import map_tiles, measure_density
 from measure.layerwise import Calibration
 from measure.machine import (
@@ -56,7 +56,7 @@ from measure.machine import (
     time_interleaved,
 )
 from measure.quality import compare, long_context_loss, run_windows
-from measure.resume import earlier_rows, measure_rows, save_partly
+from measure.resume import Earlier, earlier_rows, measure_rows, save_partly
 from measure.schedules import SavedSchedule, find_schedule, load_schedule, save_schedule
 from measure.settings import Settings
 from measure.tasks import ANSWER_ROOM, Task, make_tasks
@@ -64,9 +64,6 @@ from measure.texts import Windows, hash_of, load_windows
 from measure.timing import compile_attention, measure_length
 from report import console, tables
 from report.results import (
-    Decoding,
-    DepthRow,
-    Generated,
     Layer,
     LimitCheck,
     Machine,
@@ -160,18 +157,20 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         long_context=long_context,
         texts=texts_used(windows, settings),
         similarity=calibration.similarity if calibration else None,
-    )
-    results = measure_rows_asked_for(setup, both, calibration, results, meaning)
-    arms = Arms(setup.model, both.sparse_model, {"dense": both.dense, "sparse": both.sparse}, setup.params, setup.mesh)
-    decoding, depths, generated = decode(arms, windows, settings, setup.tokenizer)
-    return dataclasses.replace(
-        results,
-        decoding=decoding,
-        depths=depths,
-        generated=generated,
         tasks=task_rows,
-        peak_memory_bytes=peak_memory(setup.mesh.devices.flat[0]),
     )
+    if settings.html:
+        maps = map_tiles(
+            setup.model, setup.params, windows.test[0], both.sparse_model.schedule, both.attended, setup.mesh
+        )
+        results = dataclasses.replace(results, tile_maps=maps)
+    earlier = earlier_rows(settings.json, results)
+    if settings.densities:
+        results = measure_densities(setup, both, calibration, results, earlier)
+    if settings.sweep:
+        results = measure_sweep(setup, both, results, earlier, meaning)
+    results = decode(setup, both, results, earlier)
+    return dataclasses.replace(results, peak_memory_bytes=peak_memory(setup.mesh.devices.flat[0]))
 
 
 # --- Its parts ---
@@ -304,64 +303,68 @@ def time_both(setup: Setup, both: Both, meaning: str, say: Say) -> tuple[Timing,
     return timing, attention_ms
 
 
-def measure_rows_asked_for(
-    setup: Setup, both: Both, calibration: Calibration | None, results: Results, meaning: str
+def measure_densities(
+    setup: Setup, both: Both, calibration: Calibration, results: Results, earlier: Earlier
 ) -> Results:
-    """The results with the maps of tiles, the densities and the lengths that were asked for.
+    """The results with a row for each of --densities."""
+    settings = setup.settings
+    show("\n" + console.densities_header(settings))
+    measure_one = partial(
+        measure_density,
+        settings=settings,
+        calibration=calibration,
+        dense=both.dense,
+        dense_outputs=both.dense_outputs,
+        windows=setup.windows.test,
+    )
+    finish = partial(finish_row, results, field="densities", line=console.density_row)
+    return dataclasses.replace(
+        results, densities=measure_rows(settings.densities, earlier.densities, measure_one, finish)
+    )
 
-    Each row is printed and saved as it is measured, and rows of an earlier run that agrees are taken from its report.
-    """
-    settings, params, mesh, test = setup.settings, setup.params, setup.mesh, setup.windows.test
-    if settings.html:
-        maps = map_tiles(setup.model, params, test[0], both.sparse_model.schedule, both.attended, mesh)
-        results = dataclasses.replace(results, tile_maps=maps)
-    sweep_earlier, densities_earlier = earlier_rows(settings.json, results)
 
-    def finished(rows: list[Any], was_there: bool, field: str, line: Callable[[Any], str]) -> None:
-        show(line(rows[-1]) + was_there * f"  (from {settings.json})")
-        save_partly(settings.json, dataclasses.replace(results, **{field: rows}))
+def measure_sweep(setup: Setup, both: Both, results: Results, earlier: Earlier, meaning: str) -> Results:
+    """The results with a row for each length of --sweep."""
+    settings, models = setup.settings, {"dense": setup.model, "sparse": both.sparse_model}
+    show("\n" + console.sweep_header(meaning))
+    measure_one = partial(
+        measure_length, models, setup.params, setup.windows.test[0], mesh=setup.mesh, n_runs=settings.n_runs
+    )
+    finish = partial(finish_row, results, field="sweep", line=console.sweep_row)
+    rows = measure_rows(settings.sweep, earlier.sweep, measure_one, finish)
+    show(console.sweep_break_even(rows))
+    return dataclasses.replace(results, sweep=rows)
 
-    if settings.densities:
-        show("\n" + console.densities_header(settings))
-        measure_one = partial(
-            measure_density,
-            settings=settings,
-            calibration=calibration,
-            dense=both.dense,
-            dense_outputs=both.dense_outputs,
-            windows=test,
+
+def decode(setup: Setup, both: Both, results: Results, earlier: Earlier) -> Results:
+    """The results with what is decoded token by token."""
+    settings, windows = setup.settings, setup.windows
+    forwards = {"dense": both.dense, "sparse": both.sparse}
+    arms = Arms(setup.model, both.sparse_model, forwards, setup.params, setup.mesh)
+    if settings.decode:
+        results = dataclasses.replace(results, decoding=decode_windows(arms, windows, settings))
+        show("\n" + console.decoding(results.decoding, settings.dtype))
+    if settings.depths:
+        show(console.depths_header(settings.batch))
+        measure_one = partial(measure_depth, arms, batch=settings.batch, n_runs=settings.n_runs)
+        finish = partial(finish_row, results, field="depths", line=console.depth_row)
+        results = dataclasses.replace(
+            results, depths=measure_rows(settings.depths, earlier.depths, measure_one, finish)
         )
-        finish = partial(finished, field="densities", line=console.density_row)
-        rows = measure_rows(settings.densities, densities_earlier, measure_one, finish)
-        results = dataclasses.replace(results, densities=rows)
-    if settings.sweep:
-        show("\n" + console.sweep_header(meaning))
-        models = {"dense": setup.model, "sparse": both.sparse_model}
-        measure_one = partial(measure_length, models, params, test[0], mesh=mesh, n_runs=settings.n_runs)
-        finish = partial(finished, field="sweep", line=console.sweep_row)
-        rows = measure_rows(settings.sweep, sweep_earlier, measure_one, finish)
-        results = dataclasses.replace(results, sweep=rows)
-        show(console.sweep_break_even(rows))
+        show(console.sweep_break_even(results.depths) + "\n")
+    if settings.generate:
+        generated = generate(arms, windows.test[0], settings.generate, settings.prefill)
+        texts = (setup.tokenizer.decode(ids) for ids in (generated.dense, generated.sparse))
+        show(console.continuations(generated, *texts))
+        results = dataclasses.replace(results, generated=generated)
     return results
 
 
-def decode(
-    arms: Arms, windows: Windows, settings: Settings, tokenizer: TextTokenizer
-) -> tuple[Decoding | None, list[DepthRow], Generated | None]:
-    """The part of the run that decodes token by token."""
-    decoding, depths, generated = None, [], None
-    if settings.decode:
-        decoding = decode_windows(arms, windows, settings)
-        show("\n" + console.decoding(decoding, settings.dtype))
-    if settings.depths:
-        show(console.depths_header(settings.batch))
-        depths = measure_depths(arms, settings, lambda row: show(console.depth_row(row)))
-        show(console.sweep_break_even(depths) + "\n")
-    if settings.generate:
-        generated = generate(arms, windows.test[0], settings.generate, settings.prefill)
-        texts = (tokenizer.decode(ids) for ids in (generated.dense, generated.sparse))
-        show(console.continuations(generated, *texts))
-    return decoding, depths, generated
+def finish_row(results: Results, rows: list[Any], was_there: bool, field: str, line: Callable[[Any], str]) -> None:
+    """Prints the last of `rows` and saves the report with those that are measured by now."""
+    path = results.settings.json
+    show(line(rows[-1]) + was_there * f"  (from {path})")
+    save_partly(path, dataclasses.replace(results, **{field: rows}))
 
 
 def run_tasks(dense: LlamaModel, sparse: LlamaModel, params: Any, tasks: Sequence[Task], mesh: Mesh) -> list[TaskRow]:

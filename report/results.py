@@ -234,7 +234,7 @@ class Quality:
             "rms_dp",
         )
         values = {name: getattr(self, name) for name in names}
-        values |= {"tokens": self.predictions, "kl": dataclasses.asdict(self.kl), "verdict": self.verdict}
+        values |= {"tokens": self.predictions, "kl_nats": dataclasses.asdict(self.kl), "verdict": self.verdict}
         return values | {"by_window": [_window_to_json(window) for window in self.compared]}
 
 
@@ -243,7 +243,7 @@ def _window_to_json(window: Comparison) -> dict[str, float]:
         "dense_perplexity": perplexity_of(window.dense_nll),
         "sparse_perplexity": perplexity_of(window.sparse_nll),
         "delta_log_ppl": float(np.mean(window.sparse_nll - window.dense_nll)),
-        "kl": float(window.kl.mean()),
+        "kl_nats": float(window.kl.mean()),
         "same_top1": float(window.same_top1.mean()),
     }
 
@@ -396,7 +396,7 @@ class Decoding:
             "error_pct": quality.error_pct,
             "delta_log_ppl": quality.delta_log_ppl,
             "delta_log_ppl_se": quality.se_tokens,
-            "kl": quality.kl.mean,
+            "kl_nats": quality.kl.mean,
             "same_top1": quality.same_top1,
             "density": quality.density,
             "speedup": self.speedup,
@@ -404,7 +404,7 @@ class Decoding:
             "other_prefill": {
                 "delta_log_ppl": other.delta_log_ppl,
                 "delta_log_ppl_se": other.se_tokens,
-                "kl": other.kl.mean,
+                "kl_nats": other.kl.mean,
                 "same_top1": other.same_top1,
             },
         }
@@ -908,13 +908,14 @@ def read_report(path: Path) -> dict[str, Any]:
         raise InputError(f"report {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"report {path} is not JSON ({type(error).__name__})") from error
-    if not isinstance(report, dict) or "format_version" not in report or "degradation_pct" not in report:
-        raise InputError(f"{path} is no report of this program: give a file that the benchmark wrote with --json")
-    if report["format_version"] != FORMAT_VERSION:
+    is_ours = isinstance(report, dict) and "format_version" in report and "degradation_pct" in report
+    if is_ours and report["format_version"] != FORMAT_VERSION:  # earlier versions named no program
         raise InputError(
             f"report {path} has format version {quote(report['format_version'])}, and this program reads version "
             f"{FORMAT_VERSION}: measure it anew"
         )
+    if not is_ours or report.get("program") != PROGRAM:
+        raise InputError(f"{path} is no report of this program: give a file that the benchmark wrote with --json")
     return report
 
 
