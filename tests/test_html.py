@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -268,6 +269,13 @@ def test_times_of_very_different_lengths_are_on_a_logarithmic_axis():
 def test_one_layer_alone_is_compared_with_none():
     report = reports.plain_run().to_json() | {"similarity": [[1.0]]}
     assert "Similarity of layers" not in [heading for heading, _ in plots.sections(report)]
+
+
+def test_a_page_of_every_part_takes_less_than_three_seconds():
+    """Of the processor's time, which other programs do not lengthen; most of it is matplotlib's."""
+    report, start = reports.report(), time.process_time()
+    html.page(report)
+    assert time.process_time() - start < 3
 
 
 # --- Figures of the docs ---
