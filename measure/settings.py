@@ -143,8 +143,8 @@ class Settings:
     )
     densities: tuple[float, ...] = _flag(
         (),
-        "also a schedule, its quality and its time at each of these densities of the sparse layers; as with --sweep, "
-        "rows that the file of --json has from a run with the same flags are taken from there",
+        "also a schedule, its quality and its time at each of these densities, in (0, 1], of the sparse layers; as "
+        "with --sweep, rows that the file of --json has from a run with the same flags are taken from there",
         metavar="X,X,...",
     )
     html: Path | None = _flag(None, "write a page with plots of everything to FILE", metavar="FILE")

@@ -345,7 +345,7 @@ def test_a_sweep_times_each_length_with_the_runs_schedule(run):
     assert "warning: 100 tokens are beyond the model's context of 64" in ran.errors
 
 
-@pytest.mark.parametrize("similarity", [[], ["--similarity", "mass"]])
+@pytest.mark.parametrize("similarity", [pytest.param([], marks=pytest.mark.full), ["--similarity", "mass"]])
 def test_the_programmes_anchors_are_as_many_as_asked_for(run, similarity):
     output = run(*SMALL, "--scheduler", "dp", *similarity, "--anchors", "2").output
     assert "📋 Final Schedule: 1 REUSE, 3 ANCHOR/DENSE" in output
@@ -361,8 +361,25 @@ def test_a_searched_schedule_is_saved_and_loaded(run, searched):
     assert loaded.report["sparse"]["perplexity"] == searched.report["sparse"]["perplexity"]
     assert loaded.report["config"]["scheduler"] == "loaded"
     assert (loaded.report["config"]["tile_size"], loaded.report["config"]["top_k"]) == (4, 3)
+
+
+OTHER_LENGTH = "warning: the schedule was made from 30 tokens, and this run has "
+
+
+def test_a_schedule_that_was_made_from_another_length_is_warned_of(searched, folder, files, capsys):
+    """Here by a run that ends at its text."""
+    flags = ["--load_schedule", folder / "schedule.json", "--seq_len", "300", *SMALL[6:], *files]
+    with pytest.raises(SystemExit):
+        benchmark.main([str(flag) for flag in flags])
+    warned, refused = capsys.readouterr().err.splitlines()
+    assert warned == f"{OTHER_LENGTH}300"
+    assert "text.txt is too short" in refused
+
+
+@pytest.mark.full
+def test_a_loaded_schedule_runs_at_another_length(run, searched):
     other = run("--load_schedule", "schedule.json", "--seq_len", "40", *SMALL[6:])
-    assert "warning: the schedule was made from 30 tokens, and this run has 40" in other.errors
+    assert f"{OTHER_LENGTH}40" in other.errors
 
 
 # --- The kernels of accelerators, interpreted ---
@@ -446,7 +463,7 @@ def test_what_a_run_cannot_do_is_one_sentence(capsys, files, flags, sentence):
     assert sentence in refused(capsys, [*sizes, *files, *flags])
 
 
-@pytest.mark.parametrize("device", ["tpu", "gpu"])
+@pytest.mark.parametrize("device", ["tpu", pytest.param("gpu", marks=pytest.mark.full)])
 def test_a_device_that_is_not_there_in_a_fresh_process(device):
     """Unlike the test above, where JAX is running already."""
     command = [sys.executable, benchmark.__file__, "--quiet", "--device", device]
@@ -476,7 +493,7 @@ def test_a_folder_without_one_of_its_files(capsys, folder, tmp_path, removed, se
 def test_a_model_worse_than_guessing_writes_no_report(capsys, folder, tmp_path):
     text, report = tmp_path / "text.txt", tmp_path / "out.json"
     text.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 33, 140)))
-    flags = [*SMALL, "--seq_len", 66, "--weights_dir", folder / "weights", "--text", text, "--json", report]
+    flags = [*SMALL, "--windows", 3, "--weights_dir", folder / "weights", "--text", text, "--json", report]
     with pytest.raises(SystemExit):
         benchmark.main([str(flag) for flag in flags])
     assert "worse than guessing among the 33 tokens" in capsys.readouterr().err

@@ -126,7 +126,7 @@ def test_all_tiles_kept_is_dense(params, ids):
     assert relative(np.asarray(sparse.stream), np.asarray(dense.stream)) <= 1e-5
 
 
-@pytest.mark.parametrize("schedule", [None, SPARSE])
+@pytest.mark.parametrize("schedule", [pytest.param(None, marks=pytest.mark.full), SPARSE])
 def test_ragged_sequences_go_on_after_a_prefill_on_several_devices(params, ids, schedule):
     """Depths at a tile's edge. What the prefill left behind each depth is of other tokens, and is written over."""
     depths, steps = np.array([M * 4 - 1, M * 4, M * 4 + 1]), 6
@@ -309,8 +309,8 @@ def test_where_continuations_part_is_said(sparse, part_at, said):
 def report(folders, tmp_path_factory):
     """A whole run with every flag of decoding: its output, errors and report."""
     folder = tmp_path_factory.mktemp("decoding")
-    (folder / "text.txt").write_text(repeating_text(110, 33))
-    where = ["--weights_dir", str(folders / "mha_llama3_tied"), "--text", str(folder / "text.txt")]
+    (folder / "text.txt").write_text(repeating_text(110))
+    where = ["--weights_dir", str(folders / "gqa_default_tied"), "--text", str(folder / "text.txt")]
     sizes = ["--tile_size", "4", "--top_k", "3", "--seq_len", "30", "--dtype", "float32", "--n_runs", "2"]
     flags = ["--decode", "7", "--batch", "2", "--prefill", "dense", "--depths", "9,70", "--generate", "5"]
     told = []

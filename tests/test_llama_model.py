@@ -274,7 +274,9 @@ REAL_SHAPES = {  # parameters as published
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REAL_SHAPES)
+@pytest.mark.parametrize(
+    "name", ["llama-3.2-1b", *(pytest.param(name, marks=pytest.mark.full) for name in list(REAL_SHAPES)[1:])]
+)
 def test_a_released_model_has_its_published_size_and_its_logits_their_shape(name):
     parameters, shape = REAL_SHAPES[name]
     config = LlamaConfig(**LLAMA3, **shape)

@@ -292,7 +292,7 @@ def test_a_file_where_the_default_weights_belong_is_named(capsys, monkeypatch, t
     ("make", "sentence"),
     [
         (lambda folder: write_hf(folder / "m", CALM), "m is a checkpoint that is not converted yet; convert it first: python convert_weights.py --input .*m\n"),
-        (lambda folder: write_hf(folder / "m", CALM) / "model.safetensors", "is a checkpoint, not a weights folder; convert it first: python convert_weights.py --input"),
+        (lambda folder: write_hf(folder / "m", CALM) / "model.safetensors", "is a checkpoint's file, not a weights folder; convert it first: python convert_weights.py --input .*m\n"),
         (lambda folder: Path("org/model"), "weights folder org/model does not exist; make it with convert_weights.py"),
     ],
 )  # fmt: skip
@@ -342,7 +342,7 @@ def test_a_text_that_repeats_itself_is_said_to(capsys, given, tmp_path):
 
 def test_help_gives_every_range_and_speaks_of_nothing_that_nobody_has(capsys):
     for action in make_parser()._actions:
-        if action.metavar in ("N", "X", "PERCENT", "N,N,..."):
+        if action.metavar in ("N", "X", "PERCENT", "N,N,...", "X,X,..."):
             assert re.search(r"at least (\d|query_tile)|\[0, 1\]|\(0, 1\]|above 0|every later layer", action.help), (
                 action.dest
             )
