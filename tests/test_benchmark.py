@@ -245,9 +245,12 @@ def choose(folder, model, by_sizes):
     ids = window_of(by_sizes["every"][0], folder)
     runner = LayerRunner(llama, params, 57, make_mesh(jax.devices()[:1]))
     q_BTNH, k_BKHS = runner.queries_and_keys(1, runner.dense(0, runner.embed(ids)))
-    return lambda selection: np.asarray(
-        jax.jit(lambda q, k: attention.choose(q, k, selection=selection))(q_BTNH, k_BKHS)
-    )
+
+    @functools.cache
+    def choose(selection):
+        return np.asarray(jax.jit(functools.partial(attention.choose, selection=selection))(q_BTNH, k_BKHS))
+
+    return choose
 
 
 @pytest.mark.parametrize("name", ["every", "share"])

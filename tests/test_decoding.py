@@ -205,9 +205,10 @@ def found(arms, windows):
 def test_both_arms_lose_what_whole_forwards_lose(arms, params, ids, found):
     compared = found[1, "sparse"].compared
     assert [len(window.kl) for window in compared] == [T - DEPTH - 1] * 3
+    dense, sparse = (model.compile(params, ids[:1]) for model in (arms.dense, arms.sparse))
     for b, window in enumerate(compared):
-        for model, nll in ((arms.dense, window.dense_nll), (arms.sparse, window.sparse_nll)):
-            expected = model.compile(params, ids[b : b + 1])(params, ids[b : b + 1]).nll[0, DEPTH:]
+        for forward, nll in ((dense, window.dense_nll), (sparse, window.sparse_nll)):
+            expected = forward(params, ids[b : b + 1]).nll[0, DEPTH:]
             np.testing.assert_allclose(nll, expected, rtol=2e-5, atol=2e-5)
 
 

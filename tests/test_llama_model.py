@@ -178,7 +178,9 @@ def test_a_model_that_is_not_finite_is_not_calibrated_on(loaded, ids):
         core.calibrate_kascade(LlamaModel(config), broken, ids, 4, 3)
 
 
-@pytest.mark.parametrize(("name", "chunk"), [(NAME, 8), (NAME, 1024), ("gqa_default_tied", 10)])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [(NAME, 8), pytest.param(NAME, 1024, marks=pytest.mark.full), ("gqa_default_tied", 10)]
+)
 def test_the_loss_is_the_perplexity_of_the_logits(folders, monkeypatch, name, chunk):
     """The vocabulary of 50 or 41 tokens in chunks: several and a rest, or one."""
     monkeypatch.setattr(llama_model, "VOCAB_CHUNK", chunk)

@@ -133,7 +133,7 @@ def test_head_maps_that_cannot_be_read(tmp_path):
 def test_several_texts_calibrate_one_after_another():
     model = LlamaModel(CONFIG, None, Selection(tile_size=4, top_k=3))
     ids = jnp.asarray(token_ids(NAME))
-    params = {"params": model.init(jax.random.key(0), ids)["params"]}
+    params = {"params": jax.jit(model.init)(jax.random.key(0), ids)["params"]}
     alone = []
     for row in ids:
         calibrate_kascade(model, params, row[None], 4, 3)
@@ -158,7 +158,18 @@ def files(tmp_path_factory):
 
 def run(files, *flags):
     path = files / "out.json"
-    common = ["--weights_dir", files / "weights", "--text", files / "text.txt", "--json", path, "--n_runs", "1"]
+    common = [
+        "--weights_dir",
+        files / "weights",
+        "--text",
+        files / "text.txt",
+        "--json",
+        path,
+        "--n_runs",
+        "1",
+        "--decode",
+        "0",
+    ]
     assert benchmark.main([*map(str, common), "--seq_len", "30", "--dtype", "float32", *flags]) == 0
     return json.loads(path.read_text())
 
