@@ -99,7 +99,7 @@ def test_dense_decoding_predicts_as_the_forward_at_every_position_of_three_windo
 @pytest.mark.parametrize(
     ("schedule", "selection"),
     [
-        (SPARSE, ROWS),
+        pytest.param(SPARSE, ROWS, marks=pytest.mark.full),
         (BUDGETS, ROWS),
         ({0: (ANCHOR, None), 1: (REUSE, 0), 2: (ANCHOR, None)}, Selection(M, density=0.4, query_tile=1, local_tiles=1)),
         pytest.param(SPARSE, Selection(M, 5, query_tile=1, sink_tiles=2, local_tiles=1), marks=pytest.mark.full),
