@@ -11,6 +11,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # not in pytest-xdist's worke
 os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # a program that several tests need is compiled once
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",  # no program says which lines it comes from: less to make and to hash
     "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA warns at length of how it names the CPU of a cached program
 }
 

@@ -59,7 +59,7 @@ def small(rule, **changes):
 
 @pytest.mark.parametrize(
     "rule",
-    [quality.threshold_rule, quality.search_rule("head", 2)],
+    [pytest.param(quality.threshold_rule, marks=pytest.mark.full), quality.search_rule("head", 2)],
     ids=["threshold", "search"],
 )
 def test_a_window_is_measured_as_the_model_computes_it(rule, bench):

@@ -16,8 +16,8 @@ from llama_model import LlamaModel, load_weights
 from weights.folder import read_manifest
 from weights.tokenizers import load_tokenizer
 
-NAME, DEPTH, STEPS = "mha_llama3_tied", 40, 9
-SETTING = quality.Setting("small", quality.search_rule("head", 2), 4, 1)  # a choice per row, as steps have
+NAME, DEPTH, STEPS = "gqa_llama3_untied", 40, 9
+SETTING = quality.Setting("small", quality.search_rule("head", 1), 4, 1)  # a choice per row, as steps have
 
 
 @pytest.fixture(scope="module")

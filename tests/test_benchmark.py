@@ -128,7 +128,9 @@ def masked(output):
     return re.sub(r" *\d[\d.,]*", " #", output)
 
 
-@pytest.mark.parametrize("name", ["default", "quiet", "verbose", "search", "sweep"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("default", marks=pytest.mark.full), "quiet", "verbose", "search", "sweep"]
+)
 def test_the_console_shows_what_it_showed(run, verbose, searched, name):
     """Digits masked. To write these files anew: KASCADE_WRITE_GOLDEN=1 pytest tests/test_benchmark.py."""
     runs = {
@@ -226,34 +228,34 @@ def settings_of(run):
     return Settings.from_flags(run.flags)
 
 
+SIZES = {"every": EVERY_SIZE, "share": SHARE}
+EVERY_OR_SHARE = ["every", pytest.param("share", marks=pytest.mark.full)]
+
+
 @pytest.fixture(scope="module")
 def by_sizes(run):
-    """Runs with other sizes, every flag of `Selection` among them."""
-    return {
-        "every": (
-            run(*flags_of(EVERY_SIZE), "--seq_len", "57", *SMALL[6:], "--threshold", "0.3"),
-            EVERY_SIZE,
-        ),
-        "share": (run(*flags_of(SHARE), "--seq_len", "57", *SMALL[6:], "--threshold", "0.3"), SHARE),
-    }
+    """by_sizes(name): a run with other sizes, every flag of `Selection` but `density` among those of "every"."""
+    return lambda name: run(*flags_of(SIZES[name]), "--seq_len", "57", *SMALL[6:], "--threshold", "0.3")
 
 
 @pytest.fixture(scope="module")
 def choose(folder, model, by_sizes):
     """choose(selection): what layer 1 of a run of `by_sizes` must choose, from its queries and keys alone."""
     llama, params = model
-    ids = window_of(by_sizes["every"][0], folder)
+    ids = window_of(by_sizes("every"), folder)
     runner = LayerRunner(llama, params, 57, make_mesh(jax.devices()[:1]))
     q_BTNH, k_BKHS = runner.queries_and_keys(1, runner.dense(0, runner.embed(ids)))
-    return lambda selection: np.asarray(
-        jax.jit(lambda q, k: attention.choose(q, k, selection=selection))(q_BTNH, k_BKHS)
-    )
+
+    @functools.cache
+    def choose(selection):
+        return np.asarray(jax.jit(functools.partial(attention.choose, selection=selection))(q_BTNH, k_BKHS))
+
+    return choose
 
 
-@pytest.mark.parametrize("name", ["every", "share"])
+@pytest.mark.parametrize("name", EVERY_OR_SHARE)
 def test_a_run_chooses_and_counts_as_its_selection_does(by_sizes, choose, name):
-    ran, sizes = by_sizes[name]
-    chosen = choose(Selection(**sizes))
+    ran, chosen = by_sizes(name), choose(Selection(**SIZES[name]))
     np.testing.assert_array_equal(ran.tiles[1], chosen)
     assert ran.report["schedule"][1]["density"] == pytest.approx(density_of(chosen))
 
@@ -266,10 +268,9 @@ def test_each_field_of_the_selection_changes_what_is_chosen(choose, field):
     assert chosen.shape != other.shape or (np.sort(chosen) != np.sort(other)).any()
 
 
-def test_the_default_sink_is_kept_by_a_run_without_the_flag(by_sizes, choose):
-    ran, sizes = by_sizes["share"]
-    assert (ran.tiles[1] == 0).any(-1).all()
-    assert not (choose(Selection(**sizes, sink_tiles=0)) == 0).any(-1).all()
+def test_the_default_sink_is_kept_by_a_run_without_the_flag(verbose, choose):
+    assert (verbose.tiles[1] == 0).any(-1).all()
+    assert not (choose(Selection(4, 3, sink_tiles=0)) == 0).any(-1).all()
 
 
 def test_a_run_is_the_model_with_the_reports_schedule(verbose, folder, model):
@@ -287,10 +288,10 @@ def test_a_run_is_the_model_with_the_reports_schedule(verbose, folder, model):
         assert verbose.report[kind]["perplexity"] == pytest.approx(perplexity, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["verbose", "search", "every", "share", "sweep"])
+@pytest.mark.parametrize("name", ["verbose", "search", *EVERY_OR_SHARE, "sweep"])
 def test_the_reports_config_is_the_settings(run, verbose, searched, by_sizes, folder, name):
-    runs = {"verbose": verbose, "search": searched, "every": by_sizes["every"][0], "share": by_sizes["share"][0]}
-    ran = runs.get(name) or run(*LOW, "--sweep", "20,100")
+    runs = {"verbose": lambda: verbose, "search": lambda: searched, "sweep": lambda: run(*LOW, "--sweep", "20,100")}
+    ran = runs[name]() if name in runs else by_sizes(name)
     config = read_manifest(folder / "weights").config
     expected = dataclasses.replace(settings_of(ran).for_model(config), kernel="xla", calib_windows=1)
     assert ran.report["config"] == json.loads(json.dumps(settings_to_json(expected)))
@@ -368,12 +369,13 @@ OTHER_LENGTH = "warning: the schedule was made from 30 tokens, and this run has 
 
 def test_a_schedule_that_was_made_from_another_length_is_warned_of(searched, folder, files, capsys):
     """Here by a run that ends at its text."""
+    capsys.readouterr()
     flags = ["--load_schedule", folder / "schedule.json", "--seq_len", "300", *SMALL[6:], *files]
     with pytest.raises(SystemExit):
         benchmark.main([str(flag) for flag in flags])
-    warned, refused = capsys.readouterr().err.splitlines()
-    assert warned == f"{OTHER_LENGTH}300"
-    assert "text.txt is too short" in refused
+    warnings = capsys.readouterr().err.splitlines()
+    assert f"{OTHER_LENGTH}300" in warnings
+    assert "text.txt is too short" in warnings[-1]
 
 
 @pytest.mark.full
