@@ -68,7 +68,7 @@ def figures(report: Mapping[str, Any]) -> dict[str, Figure]:
         "degradation, %": Figure(quality["degradation_pct"], quality["error_pct"], guarded=True, points=True),
         "dense perplexity": Figure(quality["dense_perplexity"]),
         "sparse perplexity": Figure(quality["sparse_perplexity"]),
-        "KL from dense, nats": Figure(quality["kl_nats"]["mean"], quality["kl_nats"]["se"]),
+        "KL from dense, nats": Figure(quality["kl"]["mean"], quality["kl"]["se"]),
         "same top-1 token, share": Figure(quality["same_top1"], quality["same_top1_se"]),
         "density, share": Figure(report["density"]),
         "speedup, x": Figure(report["speedup"]),

@@ -185,7 +185,7 @@ def change_by_window(report: Mapping[str, Any]) -> Plot:
         "windows. Points far apart mean that the cost depends on the text."
     )
     rows = [
-        [str(i), f"{w['dense_perplexity']:.3f}", f"{w['sparse_perplexity']:.3f}", signed(change), f"{w['kl_nats']:.4f}"]
+        [str(i), f"{w['dense_perplexity']:.3f}", f"{w['sparse_perplexity']:.3f}", signed(change), f"{w['kl']:.4f}"]
         for i, (w, change) in enumerate(zip(windows, changes), 1)
     ]
     columns = ("window", "dense perplexity", "sparse perplexity", "change, %", "KL, nats")
@@ -197,7 +197,7 @@ def change_by_window(report: Mapping[str, Any]) -> Plot:
 
 def divergence_tail(report: Mapping[str, Any]) -> Plot:
     """How far the worst tokens' predictions move."""
-    kl, quality = report["quality"]["kl_nats"], report["quality"]
+    kl, quality = report["quality"]["kl"], report["quality"]
     points = [
         (50, kl["median"]),
         (90, kl["p90"]),
@@ -558,7 +558,7 @@ def attention_alone(report: Mapping[str, Any]) -> Plot:
 def trade_off(report: Mapping[str, Any]) -> Plot:
     """Degradation against density and against speedup, of every schedule at a density and the run's own."""
     own = {name: report[name] for name in ("density", "degradation_pct", "speedup")} | {"name": "this run"}
-    own |= {"error_pct": report["quality"]["error_pct"], "kl_nats": report["quality"]["kl_nats"]["mean"]}
+    own |= {"error_pct": report["quality"]["error_pct"], "kl": report["quality"]["kl"]["mean"]}
     rows = [*(row | {"name": f"{100 * row['asked']:g} %"} for row in report["densities"]), own]
     rows = [row for row in rows if row["degradation_pct"] is not None]  # it was beyond numbers
     losses = [row["degradation_pct"] for row in rows]
@@ -599,7 +599,7 @@ def trade_off(report: Mapping[str, Any]) -> Plot:
             row["name"],
             share(row["density"]),
             of_error(row["degradation_pct"], row["error_pct"]),
-            f"{row['kl_nats']:.4f}",
+            f"{row['kl']:.4f}",
             f"{row['speedup']:.2f}x",
         ]
         for row in rows

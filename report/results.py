@@ -234,7 +234,7 @@ class Quality:
             "rms_dp",
         )
         values = {name: getattr(self, name) for name in names}
-        values |= {"tokens": self.predictions, "kl_nats": dataclasses.asdict(self.kl), "verdict": self.verdict}
+        values |= {"tokens": self.predictions, "kl": dataclasses.asdict(self.kl), "verdict": self.verdict}
         return values | {"by_window": [_window_to_json(window) for window in self.compared]}
 
 
@@ -243,7 +243,7 @@ def _window_to_json(window: Comparison) -> dict[str, float]:
         "dense_perplexity": perplexity_of(window.dense_nll),
         "sparse_perplexity": perplexity_of(window.sparse_nll),
         "delta_log_ppl": float(np.mean(window.sparse_nll - window.dense_nll)),
-        "kl_nats": float(window.kl.mean()),
+        "kl": float(window.kl.mean()),
         "same_top1": float(window.same_top1.mean()),
     }
 
@@ -396,7 +396,7 @@ class Decoding:
             "error_pct": quality.error_pct,
             "delta_log_ppl": quality.delta_log_ppl,
             "delta_log_ppl_se": quality.se_tokens,
-            "kl_nats": quality.kl.mean,
+            "kl": quality.kl.mean,
             "same_top1": quality.same_top1,
             "density": quality.density,
             "speedup": self.speedup,
@@ -404,7 +404,7 @@ class Decoding:
             "other_prefill": {
                 "delta_log_ppl": other.delta_log_ppl,
                 "delta_log_ppl_se": other.se_tokens,
-                "kl_nats": other.kl.mean,
+                "kl": other.kl.mean,
                 "same_top1": other.same_top1,
             },
         }
@@ -455,7 +455,7 @@ class DensityRow:
       asked: the density of the sparse layers that was asked for.
       density: counted, the mean over all layers.
       delta_log_ppl: nats; `error_pct` is one standard error of the degradation, percentage points.
-      kl_nats: mean divergence from dense, a token.
+      kl: mean divergence from dense, a token.
       same_top1: share of the tokens.
       schedule_sha256: `schedule_sha256` of its layers.
     """
@@ -466,7 +466,7 @@ class DensityRow:
     degradation_pct: float
     error_pct: float | None
     delta_log_ppl: float
-    kl_nats: float
+    kl: float
     same_top1: float
     dense_ms: Sequence[float]
     sparse_ms: Sequence[float]

@@ -242,7 +242,7 @@ def test_bytes_and_densities_are_counted(arms, found):
 def test_a_decoding_is_the_issues_json_and_a_section_that_says_what_it_is(found):
     result = found[2, "dense"]
     values = json.loads(json.dumps(result.to_json()))
-    names = {"depth", "tokens", "batch", "prefill", "dense", "sparse", "delta_log_ppl", "delta_log_ppl_se", "kl_nats"}
+    names = {"depth", "tokens", "batch", "prefill", "dense", "sparse", "delta_log_ppl", "delta_log_ppl_se", "kl"}
     assert names | {"same_top1", "speedup"} <= set(values)
     assert {"perplexity", "ms_per_token", "bytes_per_step"} <= set(values["dense"]) & set(values["sparse"])
     assert (values["depth"], values["tokens"], values["batch"], values["prefill"]) == (DEPTH, T - DEPTH - 1, 2, "dense")

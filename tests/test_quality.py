@@ -105,7 +105,7 @@ def test_the_report_has_every_statistic_and_the_windows_apart(quality):
     report = quality.to_json()
     assert set(report) == {
         "windows", "tokens", "dense_perplexity", "sparse_perplexity", "degradation_pct", "delta_log_ppl", "se_tokens",
-        "se_windows", "error_pct", "interval_pct", "kl_nats", "same_top1", "same_top1_se", "correlation", "rms_dp", "verdict",
+        "se_windows", "error_pct", "interval_pct", "kl", "same_top1", "same_top1_se", "correlation", "rms_dp", "verdict",
         "by_window",
     }  # fmt: skip
     assert (report["windows"], report["tokens"]) == (2, 120)

@@ -174,4 +174,4 @@ def test_a_schedule_of_a_density_is_as_dense_as_asked_and_has_the_losses_of_a_ru
     assert {name: row[name] for name in names} == {
         name: pytest.approx(alone[name], abs=1e-4) if name in names[:2] else alone[name] for name in names
     }
-    assert np.isclose(row["kl_nats"], alone["quality"]["kl_nats"]["mean"], atol=1e-6)
+    assert np.isclose(row["kl"], alone["quality"]["kl"]["mean"], atol=1e-6)
