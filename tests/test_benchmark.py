@@ -492,7 +492,8 @@ def test_a_folder_without_one_of_its_files(capsys, folder, tmp_path, removed, se
     assert sentence in refused(capsys, [*SMALL, "--weights_dir", damaged, "--text", folder / "text.txt"])
 
 
-def test_a_model_worse_than_guessing_writes_no_report(capsys, folder, tmp_path):
+def test_a_model_worse_than_guessing_writes_no_report(capsys, monkeypatch, folder, tmp_path):
+    monkeypatch.setattr(benchmark, "configure_device", lambda device: configure_device(device)[:2])
     text, report = tmp_path / "text.txt", tmp_path / "out.json"
     text.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 33, 140)))
     flags = [*SMALL, "--windows", 3, "--weights_dir", folder / "weights", "--text", text, "--json", report]
