@@ -321,18 +321,26 @@ def test_the_runs_kernel_and_dtype_are_used_throughout(run, kernel_calls, monkey
     assert "✓ Attention by pallas_tpu (as asked; interpreted on a CPU: correct and slow)" in ran.output
 
 
-def test_auto_measures_the_dtype_and_says_so(run, monkeypatch):
-    monkeypatch.setattr("measure.machine.bfloat16_time", lambda config: 1.5)
-    ran = run(*LOW[:6], *SMALL[8:], "--threshold", "0.3")
+@pytest.fixture(scope="module")
+def auto_on_another_text(run, folder):
+    """Calibrated on a text of its own, with the dtype that is the faster one."""
+    other = folder / "other.txt"
+    other.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 33, 40)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("measure.machine.bfloat16_time", lambda config: 1.5)
+        return run(*LOW[:6], *SMALL[8:], "--threshold", "0.3", "--calib_text", "other.txt")
+
+
+def test_auto_measures_the_dtype_and_says_so(auto_on_another_text):
+    ran = auto_on_another_text
     assert ran.report["config"]["dtype"] == "float32"
     assert "✓ Matrix inputs in float32 (measured here: bfloat16 takes 1.50 of float32's time" in ran.output
 
 
-def test_another_text_calibrates(run, verbose, folder):
+def test_another_text_calibrates(auto_on_another_text, verbose):
     """The test text then begins at its first token."""
-    other = folder / "other.txt"
-    other.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 33, 40)))
-    ran = run(*LOW, "--calib_text", "other.txt")
+    ran = auto_on_another_text
+    assert ran.report["config"]["dtype"] == verbose.report["config"]["dtype"]
     assert "📊 Calibrating on other.txt..." in ran.output
     assert ran.report["dense"]["perplexity"] != verbose.report["dense"]["perplexity"]
 
