@@ -321,18 +321,26 @@ def test_the_runs_kernel_and_dtype_are_used_throughout(run, kernel_calls, monkey
     assert "✓ Attention by pallas_tpu (as asked; interpreted on a CPU: correct and slow)" in ran.output
 
 
-def test_auto_measures_the_dtype_and_says_so(run, monkeypatch):
-    monkeypatch.setattr("measure.machine.bfloat16_time", lambda config: 1.5)
-    ran = run(*LOW[:6], *SMALL[8:], "--threshold", "0.3")
+@pytest.fixture(scope="module")
+def auto_on_another_text(run, folder):
+    """Calibrated on a text of its own, with the dtype that is the faster one."""
+    other = folder / "other.txt"
+    other.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 33, 40)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("measure.machine.bfloat16_time", lambda config: 1.5)
+        return run(*LOW[:6], *SMALL[8:], "--threshold", "0.3", "--calib_text", "other.txt")
+
+
+def test_auto_measures_the_dtype_and_says_so(auto_on_another_text):
+    ran = auto_on_another_text
     assert ran.report["config"]["dtype"] == "float32"
     assert "✓ Matrix inputs in float32 (measured here: bfloat16 takes 1.50 of float32's time" in ran.output
 
 
-def test_another_text_calibrates(run, verbose, folder):
+def test_another_text_calibrates(auto_on_another_text, verbose):
     """The test text then begins at its first token."""
-    other = folder / "other.txt"
-    other.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 33, 40)))
-    ran = run(*LOW, "--calib_text", "other.txt")
+    ran = auto_on_another_text
+    assert ran.report["config"]["dtype"] == verbose.report["config"]["dtype"]
     assert "📊 Calibrating on other.txt..." in ran.output
     assert ran.report["dense"]["perplexity"] != verbose.report["dense"]["perplexity"]
 
@@ -492,7 +500,8 @@ def test_a_folder_without_one_of_its_files(capsys, folder, tmp_path, removed, se
     assert sentence in refused(capsys, [*SMALL, "--weights_dir", damaged, "--text", folder / "text.txt"])
 
 
-def test_a_model_worse_than_guessing_writes_no_report(capsys, folder, tmp_path):
+def test_a_model_worse_than_guessing_writes_no_report(capsys, monkeypatch, folder, tmp_path):
+    monkeypatch.setattr(benchmark, "configure_device", lambda device: configure_device(device)[:2])
     text, report = tmp_path / "text.txt", tmp_path / "out.json"
     text.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 33, 140)))
     flags = [*SMALL, "--windows", 3, "--weights_dir", folder / "weights", "--text", text, "--json", report]

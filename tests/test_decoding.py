@@ -142,7 +142,8 @@ def test_ragged_sequences_go_on_after_a_prefill_on_several_devices(params, ids, 
         assert relative(np.asarray(decoded.stream[b]), np.asarray(expected[b, depth : depth + steps])) <= 1e-5
 
 
-@pytest.mark.parametrize("schedule", [None, pytest.param(SPARSE, marks=pytest.mark.full)])
+@pytest.mark.full  # in the quick tier the continuations of both arms are
+@pytest.mark.parametrize("schedule", [None, SPARSE])
 def test_greedy_ids_are_those_of_a_loop_of_whole_forwards(params, ids, schedule):
     model = LlamaModel(CONFIG, schedule, ROWS)
     expected = greedy(model, params, ids, DEPTH)
@@ -274,10 +275,15 @@ def test_depths_are_timed_dense_keeping_all_and_sparse(arms):
     ]  # fmt: skip
 
 
-def test_a_depth_beyond_the_context_says_so_and_one_beyond_memory_is_skipped(arms, monkeypatch):
+@pytest.mark.full  # in the quick tier a run has such a depth
+def test_a_depth_beyond_the_context_says_so(arms, monkeypatch):
     monkeypatch.setattr(decoding, "DEPTH_STEPS", 1)
     beyond = decoding.measure_depth(arms, 65, 1, 1)
     assert "beyond the model's context: only time is meant" in console.depth_row(beyond)
+
+
+def test_a_depth_beyond_memory_is_skipped(arms, monkeypatch):
+    monkeypatch.setattr(decoding, "DEPTH_STEPS", 1)
     monkeypatch.setattr(decoding, "free_memory", lambda _: 10**9)
     row = decoding.measure_depth(arms, 10**7, 1, 1)
     assert console.depth_row(row) == "10000000 skipped: it needs a cache of 4.8 GB, and 1.0 GB are free"
@@ -313,7 +319,7 @@ def report(folders, tmp_path_factory):
     (folder / "text.txt").write_text(repeating_text(110))
     where = ["--weights_dir", str(folders / "gqa_default_tied"), "--text", str(folder / "text.txt")]
     sizes = ["--tile_size", "4", "--top_k", "3", "--seq_len", "30", "--dtype", "float32", "--n_runs", "2"]
-    flags = ["--decode", "7", "--batch", "2", "--prefill", "dense", "--depths", "9,70", "--generate", "5"]
+    flags = ["--decode", "7", "--batch", "2", "--prefill", "dense", "--depths", "70", "--generate", "5"]
     told = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "configure_device", lambda device: configure_device(device)[:2])
@@ -329,14 +335,14 @@ def test_every_flag_of_decoding_counts_in_a_run(report):
     assert (decoded["depth"], decoded["tokens"], decoded["batch"], decoded["prefill"]) == (30, 7, 2, "dense")
     assert decoded["windows"] == 2
     assert decoded["dense"]["perplexity"] != decoded["sparse"]["perplexity"]
-    assert [(row["depth"], row["batch"]) for row in values["decode_depths"]] == [(9, 2), (70, 2)]
+    assert [(row["depth"], row["batch"]) for row in values["decode_depths"]] == [(70, 2)]
     assert {"dense_ms", "keep_all_ms", "sparse_ms", "density"} <= set(values["decode_depths"][0])
     generated = values["generate"]
     assert (len(generated["dense"]), len(generated["sparse"])) == (5, 5)
     assert generated["dense"][0] == generated["sparse"][0], "the dense prefill predicts the first for both"
     for text in ("DECODING 7 tokens after 30, batch 2", "dense prefill", "DECODING BY DEPTH", "GREEDY CONTINUATION"):
         assert text in output
-    assert "only time is meant" in output
+    assert "beyond the model's context: only time is meant" in " ".join(output.split())
     assert "warning: 37 tokens are beyond" not in output
 
 

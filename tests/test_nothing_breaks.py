@@ -436,6 +436,7 @@ def test_a_hostile_schedule_is_one_sentence(capsys, given, tmp_path, weights, ch
     assert re.match(f"error: {path}: {sentence}", said) and len(said) < 700
 
 
+@pytest.mark.full  # what is said stands in test_kascade_core
 def test_fewer_than_64_predictions_warn_of_a_model_that_is_worse_than_guessing(capsys, weights, tmp_path):
     (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).permutation(33)))
     flags = [*SMALL, *NO_DECODING, "--quiet", "--weights_dir", str(weights), "--text", str(tmp_path / "text.txt")]

@@ -205,7 +205,7 @@ def test_the_papers_selection_runs_with_given_head_maps(files, capsys):
 
 
 def test_a_limit_is_checked_on_held_out_windows(files, capsys, monkeypatch):
-    monkeypatch.setattr(search, "BISECTIONS", 2)  # each compiles a forward
+    monkeypatch.setattr(search, "BISECTIONS", 1)  # each compiles a forward
     report = run(files, "--max_degradation", "20", "--windows", "2", "--tile_size", "4", "--anchors", "2")
     assert report["calibration_degradation_pct"] < report["calibration_upper_pct"] < 20
     assert report["config"]["calib_windows"] == 8

@@ -207,7 +207,7 @@ def short(monkeypatch):
     monkeypatch.setattr(measure.quality, "STRIDE", 4)
 
 
-@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("prefix", [pytest.param(0, marks=pytest.mark.full), 1])
 def test_short_context_losses_are_those_of_the_last_tokens_alone(setup, short, prefix):
     model, params, windows, _ = setup
     ids = windows[0]
