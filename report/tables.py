@@ -208,7 +208,7 @@ class ResultsFile:
                 self.rows, found = list(reader), tuple(reader.fieldnames or ())
         except (OSError, ValueError, csv.Error) as error:
             raise InputError(f"{path} cannot be read as CSV ({error}); give another file") from error
-        if found and found != self.columns:
+        if found != self.columns and path.stat().st_size:  # a blank first line names no column
             raise InputError(f"{path}: expected the columns {', '.join(self.columns)}, got {quote(list(found))}")
 
     def has(self, **key: Any) -> bool:
