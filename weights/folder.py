@@ -296,6 +296,8 @@ def check_output(output: Path) -> Path:
     """
     try:
         output = Path(os.path.expanduser(output)).resolve()
+        if output.is_symlink():  # from Python 3.13 on, resolve raises nothing
+            raise RuntimeError("a loop of links")
         stands, filled = output.exists(), output.is_dir() and any(output.iterdir())
     except (OSError, RuntimeError) as error:  # no permission; a loop of links; ~somebody
         raise InputError(f"output folder {output} cannot be used ({error}); give another --output") from error
