@@ -146,7 +146,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
         settings=dataclasses.replace(settings, weights_dir=setup.weights_dir),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command,
-        model=describe_model(setup.manifest, setup.params),
+        model=setup.described,
         machine=setup.machine,
         prefix=windows.prefix,
         schedule=[Layer(plan, density) for plan, density in zip(both.sparse_model.schedule, quality.layer_densities)],
@@ -181,6 +181,7 @@ class Setup(NamedTuple):
 
     Attributes:
       settings: with every default resolved.
+      described: the model as the report names it.
       saved: the schedule of --load_schedule.
       model: the dense one.
       tasks: empty without --tasks.
@@ -191,6 +192,7 @@ class Setup(NamedTuple):
     mesh: Mesh
     weights_dir: Path
     manifest: Manifest
+    described: Model
     saved: SavedSchedule | None
     model: LlamaModel
     params: Any
@@ -232,7 +234,8 @@ def prepare(settings: Settings, say: Say) -> Setup:
     say(f"📦 Loading weights from {weights_dir}...")
     dtype = jnp.dtype(settings.dtype)
     params = load_weights(weights_dir, manifest, dtype, mesh)
-    say(console.model_line(describe_model(manifest, params)) + "\n")
+    described = describe_model(manifest, params)
+    say(console.model_line(described) + "\n")
 
     tokenizer = load_tokenizer(weights_dir, manifest.tokenizer)
     windows = load_windows(tokenizer, settings, manifest.config.vocab_size, saved and saved.calibrated_on)
@@ -241,7 +244,9 @@ def prepare(settings: Settings, say: Say) -> Setup:
     tasks = make_tasks(tokenizer, settings)
     model = LlamaModel(manifest.config, None, settings.selection, dtype=dtype, kernel=settings.kernel)
     check_decoding(model, settings, devices[0])
-    return Setup(settings, machine, mesh, weights_dir, manifest, saved, model, params, tokenizer, windows, tasks)
+    return Setup(
+        settings, machine, mesh, weights_dir, manifest, described, saved, model, params, tokenizer, windows, tasks
+    )
 
 
 def make_schedule(setup: Setup, say: Say) -> tuple[Schedule, Calibration | None, LimitCheck | None]:

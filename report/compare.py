@@ -22,9 +22,9 @@ from typing import Any
 import errors
 from errors import InputError, Parser, exit_on_bad_input, quote
 from report.results import read_report
+from report.statistics import REACH_95
 from report.tables import markdown
 
-REACH = 1.96  # standard errors to either side in a 95 % interval
 NOT_SETTINGS = ("json", "html", "csv", "markdown", "quiet", "verbose", "debug", "save_schedule")
 
 
@@ -120,7 +120,7 @@ def _tasks(report: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
         for arm in ("dense", "oracle", "sparse"):
             low, high = task[f"{arm}_ci"]
             name = f"task {task['task']} ({task['setup']}), {task['length']} tokens, {arm}, share"
-            yield name, Figure(task[arm], (high - low) / 2 / REACH)
+            yield name, Figure(task[arm], (high - low) / 2 / REACH_95)
 
 
 # --- Side by side ---

@@ -326,15 +326,7 @@ def tile_map(report: Mapping[str, Any], found: Mapping[str, Any]) -> Plot:
     size, query_size, count = config["tile_size"], config["query_tile"], found["key_tiles"]
     kinds = ["later: never seen", "dropped", "chosen by its mass", "first tiles (sink)", "the query's own"]
     colours = ["#00000000", "#8c8c8c40", TILE_BLUE, YELLOW, ORANGE]
-    grid = np.zeros((len(found["query_tiles"]), count), int)
-    for row, (query, ranges) in enumerate(zip(found["query_tiles"], found["tiles"])):
-        own_first, own_last = query * query_size // size, min(((query + 1) * query_size - 1) // size, count - 1)
-        grid[row, : own_last + 1] = 1
-        tiles = np.array(from_ranges(ranges), int)
-        grid[row, tiles] = 2
-        grid[row, tiles[tiles < config["sink_tiles"]]] = 3
-        grid[row, tiles[tiles >= own_first]] = 4
-    kept = found["mass_kept"]
+    grid, kept = _kinds_of_tiles(config, found), found["mass_kept"]
 
     def paint(figure: Figure) -> None:
         axes, side = figure.subplots(1, 2, sharey=True, width_ratios=[3.2, 1])
@@ -386,6 +378,20 @@ def tile_map(report: Mapping[str, Any], found: Mapping[str, Any]) -> Plot:
     return Plot(
         name, title, draw(name, title, 3.6, paint), caption, ("query tile", "mass kept", "key tiles attended to"), rows
     )
+
+
+def _kinds_of_tiles(config: Mapping[str, Any], found: Mapping[str, Any]) -> np.ndarray:
+    """int [shown query tiles, key tiles]: 0 later, 1 dropped, 2 chosen by its mass, 3 a sink, 4 the query's own."""
+    size, query_size, count = config["tile_size"], config["query_tile"], found["key_tiles"]
+    grid = np.zeros((len(found["query_tiles"]), count), int)
+    for row, (query, ranges) in enumerate(zip(found["query_tiles"], found["tiles"])):
+        own_first, own_last = query * query_size // size, min(((query + 1) * query_size - 1) // size, count - 1)
+        grid[row, : own_last + 1] = 1
+        tiles = np.array(from_ranges(ranges), int)
+        grid[row, tiles] = 2
+        grid[row, tiles[tiles < config["sink_tiles"]]] = 3
+        grid[row, tiles[tiles >= own_first]] = 4
+    return grid
 
 
 # --- Time ---
@@ -476,16 +482,7 @@ def by_length(
                 axes.plot([x] * len(samples_), samples_, marker, color=colour, ms=5, alpha=0.6, mew=0)
         if between and None not in between:
             axes.axvspan(*between, color=INK, alpha=0.08, lw=0, label="break-even")
-        axes.set_xscale("log", base=2)
-        ticks = apart_enough(lengths)
-        axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        if max(medians) > 30 * min(medians):
-            axes.set_yscale("log")
-            axes.yaxis.set_minor_locator(NullLocator())
-        else:
-            axes.set_ylim(0)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        _scale_by_length(axes, lengths, medians)
         axes.set(xlabel=f"{what} (logarithmic)", ylabel=f"milliseconds a {unit}")
         figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
 
@@ -510,6 +507,20 @@ def by_length(
     ]
     columns = (what, *(f"{arm}, ms" for arm in arms), "speedup", "density")
     return Plot(name, title, draw(name, title, 2.8, paint), caption, columns, rows)
+
+
+def _scale_by_length(axes: Axes, lengths: Sequence[int], medians: Sequence[float]) -> None:
+    """Lengths on a logarithmic axis, and times too where one dwarfs the others."""
+    axes.set_xscale("log", base=2)
+    ticks = apart_enough(lengths)
+    axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    if max(medians) > 30 * min(medians):
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def apart_enough(lengths: Sequence[int]) -> list[int]:

@@ -18,6 +18,9 @@ def standard_error_of_share(share: float, count: int) -> float | None:
     return None if count < 2 else math.sqrt(share * (1 - share) / (count - 1))
 
 
+REACH_95 = 1.96  # standard errors to either side in a 95 % interval of a normal distribution
+
+
 def student_quantile(probability: float, freedom: int) -> float:
     """Where Student's t distribution reaches a probability in [0.5, 1), by bisection."""
     low, high = 0.0, 1.0
@@ -51,7 +54,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 # --- Yes and no answers ---
 
 
-def wilson_interval(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: int, count: int, z: float = REACH_95) -> tuple[float, float]:
     """The interval of a share of `count` independent yes or no answers, 95 % by default (Wilson, JASA 22, 1927).
 
     Unlike share ± 1.96 standard errors it stays within [0, 1] and has a width where all answers are the same.

@@ -172,8 +172,12 @@ def append_markdown(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     check_markdown(path)
     table = markdown(COLUMNS, [[row[name] for name in COLUMNS] for row in rows])
     with writing(path), path.open("a", encoding="utf-8") as file:
-        is_new = not path.is_file() or not path.stat().st_size
-        file.write(table if is_new else "".join(table.splitlines(keepends=True)[2:]))
+        file.write(table if _is_new(path) else "".join(table.splitlines(keepends=True)[2:]))
+
+
+def _is_new(path: Path) -> bool:
+    """Whether a table's head has still to be written: nothing is there, or a device, which is never read."""
+    return not path.is_file() or not path.stat().st_size
 
 
 @contextlib.contextmanager
@@ -217,7 +221,7 @@ class ResultsFile:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Appends a row to the file, after the header if it is the first."""
-        first = not self.path.is_file() or not self.path.stat().st_size
+        first = _is_new(self.path)
         with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             if first:

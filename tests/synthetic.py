@@ -1,4 +1,7 @@
-"""Small random LLaMA checkpoints of every kind, for the tests and for the script that makes golden logits."""
+"""Small random LLaMA checkpoints of every kind, for the tests and for the script that makes golden logits.
+
+And what several test files run with: sizes, a connection.
+"""
 
 import base64
 import json
@@ -40,6 +43,18 @@ SIZES = dict(vocab_size=33, intermediate_size=14, num_hidden_layers=3, num_atten
 SIZES |= dict(
     max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu", hidden_size=24, tie_word_embeddings=False
 )
+RUN_SIZES = [
+    "--tile_size",
+    "4",
+    "--top_k",
+    "3",
+    "--seq_len",
+    "30",
+    "--dtype",
+    "float32",
+    "--n_runs",
+    "2",
+]  # of a whole run
 YARN = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.25], "long_factor": [2.0, 9.0]}
 MODELS = {
@@ -352,3 +367,16 @@ def write_meta(folder: Path, config: dict, shards: int = 1, **params: object) ->
     lines = [f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words)]
     (folder / "tokenizer.model").write_text("".join(lines))
     return folder
+
+
+class Connection:
+    """One end of a pipe: gives the requests and keeps the answers."""
+
+    def __init__(self, *requests):
+        self.requests, self.answers = [*requests, None], []
+
+    def recv(self):
+        return self.requests.pop(0)
+
+    def send(self, answer):
+        self.answers.append(answer)

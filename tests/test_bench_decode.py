@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from synthetic import repeating_text
+from synthetic import Connection, repeating_text
 
 from attention.sharding import make_mesh
 from bench import compare_decode as comparison
@@ -72,17 +72,6 @@ def test_windows_differ_follow_the_calibration_and_a_short_text_comes_again(tmp_
     (tmp_path / "text.txt").write_text("")
     with pytest.raises(InputError, match="is empty"):
         comparison.read_job(tokenizer, tmp_path / "text.txt", 40, 2)
-
-
-class Connection:
-    def __init__(self, *requests):
-        self.requests, self.answers = [*requests, None], []
-
-    def recv(self):
-        return self.requests.pop(0)
-
-    def send(self, answer):
-        self.answers.append(answer)
 
 
 def test_a_process_prepares_jobs_and_runs_what_it_is_asked_for(monkeypatch):

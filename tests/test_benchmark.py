@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from synthetic import HF_CONFIGS, hf_weights, repeating_text, write_hf_folder
+from synthetic import HF_CONFIGS, RUN_SIZES, hf_weights, repeating_text, write_hf_folder
 
 import attention
 import benchmark_kascade_final as benchmark
@@ -37,22 +37,7 @@ from weights.tokenizers import load_tokenizer
 
 GOLDEN = Path(__file__).with_name("golden")
 NAME = "mha_llama3_tied"  # four layers, five KV heads, 33 words
-SMALL = [
-    "--tile_size",
-    "4",
-    "--top_k",
-    "3",
-    "--seq_len",
-    "30",
-    "--dtype",
-    "float32",
-    "--n_runs",
-    "2",
-    "--windows",
-    "1",
-    "--decode",
-    "0",
-]
+SMALL = [*RUN_SIZES, "--windows", "1", "--decode", "0"]
 LOW = [*SMALL, "--threshold", "0.3"]  # at which two layers reuse
 EVERY_SIZE = dict(tile_size=4, top_k=5, sink_tiles=0, local_tiles=1, query_tile=8, anchor_scoring="fast")
 SHARE = dict(tile_size=4, density=0.4)

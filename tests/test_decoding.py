@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from synthetic import HF_CONFIGS, repeating_text
+from synthetic import HF_CONFIGS, RUN_SIZES, repeating_text
 
 import benchmark_kascade_final as benchmark
 from attention.sharding import make_mesh
@@ -318,14 +318,13 @@ def report(folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("decoding")
     (folder / "text.txt").write_text(repeating_text(110))
     where = ["--weights_dir", str(folders / "gqa_default_tied"), "--text", str(folder / "text.txt")]
-    sizes = ["--tile_size", "4", "--top_k", "3", "--seq_len", "30", "--dtype", "float32", "--n_runs", "2"]
     flags = ["--decode", "7", "--batch", "2", "--prefill", "dense", "--depths", "70", "--generate", "5"]
     told = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "configure_device", lambda device: configure_device(device)[:2])
         patch.setattr(benchmark, "show", told.append)
         patch.setattr(benchmark, "warn", lambda text: told.append(f"warning: {text}"))
-        assert benchmark.main([*sizes, *flags, *where, "--json", str(folder / "out.json")]) == 0
+        assert benchmark.main([*RUN_SIZES, *flags, *where, "--json", str(folder / "out.json")]) == 0
     return "\n".join(told), json.loads((folder / "out.json").read_text())
 
 

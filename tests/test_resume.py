@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reports
-from synthetic import repeating_text
+from synthetic import RUN_SIZES, repeating_text
 
 import benchmark_kascade_final as benchmark
 import measure.densities
@@ -120,22 +120,19 @@ def test_the_maps_are_of_the_first_and_last_anchor_and_the_reuse_farthest_from_i
 @pytest.fixture
 def flags(folders, tmp_path):
     (tmp_path / "text.txt").write_text(repeating_text(200, 33))
-    sizes = [
-        "--tile_size",
-        "4",
-        "--top_k",
-        "3",
-        "--seq_len",
-        "30",
-        "--dtype",
-        "float32",
-        "--n_runs",
-        "2",
+    files = ["--text", str(tmp_path / "text.txt"), "--json", str(tmp_path / "out.json")]
+    return [
+        *RUN_SIZES,
+        "--threshold",
+        "0.3",
+        "--windows",
+        "1",
         "--decode",
         "0",
+        "--weights_dir",
+        str(folders / "mha_llama3_tied"),
+        *files,
     ]
-    files = ["--text", str(tmp_path / "text.txt"), "--json", str(tmp_path / "out.json")]
-    return [*sizes, "--threshold", "0.3", "--windows", "1", "--weights_dir", str(folders / "mha_llama3_tied"), *files]
 
 
 def test_a_run_that_is_interrupted_goes_on_and_measures_only_what_is_missing(flags, tmp_path, monkeypatch, capsys):

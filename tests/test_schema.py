@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import reports
-from synthetic import repeating_text
+from synthetic import RUN_SIZES, repeating_text
 
 import benchmark_kascade_final as benchmark
 from measure.settings import make_parser
@@ -70,8 +70,20 @@ def real(folders, tmp_path_factory):
     """The report of a whole run on a small model, with everything that a run can measure but tasks."""
     root = tmp_path_factory.mktemp("schema")
     (root / "text.txt").write_text(repeating_text(200, 33))
-    flags = ["--tile_size", "4", "--top_k", "3", "--seq_len", "30", "--dtype", "float32", "--n_runs", "2"]
-    flags += ["--threshold", "0.3", "--windows", "2", "--decode", "5", "--depths", "20", "--generate", "3", "--quiet"]
+    flags = [
+        *RUN_SIZES,
+        "--threshold",
+        "0.3",
+        "--windows",
+        "2",
+        "--decode",
+        "5",
+        "--depths",
+        "20",
+        "--generate",
+        "3",
+        "--quiet",
+    ]
     flags += [
         "--sweep",
         "20",
