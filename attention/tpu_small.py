@@ -2,7 +2,8 @@
 
 One KV head's keys and values stay in vector memory while all its queries pass: one program after the other takes
 ROWS tokens of queries. Reuse copies the chosen tiles of each query tile into one block of W keys, which the matrix unit
-then multiplies; a key and its value are one row, so that at width 64 they fill the lanes and are copied together.
+then multiplies; a key and its value are one row, so that at width 64 they fill the lanes and are copied together. Where
+a head does not fit, the tiles are copied from the chip's large memory instead, a block's at once.
 Scoring takes the query tiles of a program together, since all of them look at all keys.
 
 `attention.tpu` calls this module for such tiles; functions are as there. R here is the rows of a query tile, those of
@@ -53,17 +54,17 @@ def check(selection: Selection, length: int, head_dim: int | None, dtype: Any, s
             f"the TPU's scalar memory does not hold {slots} tiles for each of {together} query tiles; top_k up to "
             f"{fits} would fit, or a query_tile of {2 * Y} or more"
         )
-    needed = max(_reuse_bytes(length, head_dim or 1, dtype), _score_bytes(selection, length, head_dim or 1, dtype))
+    needed = _score_bytes(selection, length, head_dim or 1, dtype)
     if needed > VMEM_BYTES:
         fits = length * VMEM_BYTES // needed
         raise UnsupportedError(
-            f"the TPU's vector memory holds one head's keys and values of up to about {fits} tokens with a tile_size "
-            f"of {M}, got {length} tokens; a tile_size of {LANES} needs no such room"
+            f"the TPU's vector memory holds one head's keys and sums of up to about {fits} tokens with a tile_size of "
+            f"{M}, got {length} tokens; a tile_size of {LANES} needs no such room"
         )
 
 
 def _reuse_bytes(length: int, head_dim: int, dtype: Any) -> int:
-    """Of vector memory, for the keys and values of a head."""
+    """Of vector memory, for the keys and values of a head; if they do not fit, tiles are copied from outside."""
     return length * _whole_lanes(2 * head_dim) * jnp.dtype(dtype).itemsize
 
 
@@ -90,61 +91,87 @@ def reuse(
     K, S = k_BKHS.shape[1], k_BKHS.shape[3]
     M, Y, C = selection.tile_size, selection.query_tile, tiles_BKQC.shape[-1]
     check(selection, layout.length, H, q_BTNH.dtype, slots=C)
-    Z, P, Q, R, together = B * K, S // M, T // Y, N // K * Y, ROWS // Y
-    steps, at_once = tile_count(Q, together), min(KEYS_AT_ONCE, _whole_lanes(C * M)) // M
+    Z, P, Q, together = B * K, S // M, T // Y, ROWS // Y
+    J, at_once = tile_count(Q, together), min(KEYS_AT_ONCE, _whole_lanes(C * M)) // M
     width = H if H % LANES == 0 else 2 * H  # a query's zeros meet the value that shares a row with the key
     kv_ZPMD = jnp.concatenate([k_BKHS.swapaxes(2, 3), v_BKSH], axis=-1).reshape(Z, P, M, 2 * H)
-    q_ZQRD = pad_axis(pad_axis(by_query_tile(q_BTNH, K, Y), 3, width), 1, steps * together)
-    tiles_ZQC = pad_axis(tiles_BKQC.reshape(Z, Q, C), 1, steps * together)
+    q_ZQRD = pad_axis(pad_axis(by_query_tile(q_BTNH, K, Y), 3, width), 1, J * together)
+    tiles_ZQC = pad_axis(tiles_BKQC.reshape(Z, Q, C), 1, J * together)
     used_ZQ1 = (tiles_ZQC != NO_TILE).sum(-1, keepdims=True, dtype=jnp.int32)
     tiles_ZQC = jnp.minimum(jnp.where(tiles_ZQC == NO_TILE, tiles_ZQC[..., :1], tiles_ZQC), P - 1)  # masked copies
     tiles_ZQC = pad_axis(tiles_ZQC, 2, tile_count(C, at_once) * at_once)
-    rows_Q = pad_axis(layout.local_positions()[::Y], 0, steps * together)
-
-    def attend(interpret: bool) -> Callable[..., Any]:
-        block = partial(pl.BlockSpec, index_map=lambda z, j, rows: (z, j, 0))
-        rows = pl.BlockSpec((None, together, R, width), lambda z, j, rows: (z, j, 0, 0))
-        resident = pl.BlockSpec((None, P, M, 2 * H), lambda z, j, rows: (z, 0, 0, 0), pipeline_mode=pl.Buffered(1))
-        return pl.pallas_call(
-            partial(_reuse_kernel, head_dim=H, query_tile=Y, window=selection.window),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=(Z, steps),
-                in_specs=[
-                    block((None, together, 1), memory_space=pltpu.SMEM),
-                    block((None, together, tiles_ZQC.shape[-1]), memory_space=pltpu.SMEM),
-                    rows,
-                    resident,
-                ],
-                out_specs=rows,
-                scratch_shapes=[pltpu.VMEM((at_once, M, 2 * H), kv_ZPMD.dtype)],
-            ),
-            out_shape=jax.ShapeDtypeStruct(q_ZQRD.shape, q_BTNH.dtype),
-            compiler_params=_compiler_params(_reuse_bytes(S, H, q_BTNH.dtype), 2),
-            interpret=interpret,
-            name="kascade_small_reuse",
-        )
-
-    out_ZQRD = on_tpu_or_interpreted(attend)(rows_Q, used_ZQ1, tiles_ZQC, q_ZQRD, kv_ZPMD)
-    out_BKQGYH = out_ZQRD[:, :Q, :, -H:].reshape(B, K, Q, N // K, Y, H)
+    used_ZJQ1, tiles_ZJQC, q_ZJQRD = (x.reshape(Z, J, together, *x.shape[2:]) for x in (used_ZQ1, tiles_ZQC, q_ZQRD))
+    rows_Q = pad_axis(layout.local_positions()[::Y], 0, J * together)
+    call = partial(_reuse_call, q_ZJQRD, tiles_ZJQC, kv_ZPMD, at_once, selection)
+    out_ZJQRD = on_tpu_or_interpreted(call)(rows_Q, used_ZJQ1, tiles_ZJQC, q_ZJQRD, kv_ZPMD)
+    out_BKQGYH = out_ZJQRD.reshape(Z, J * together, -1, width)[:, :Q, :, -H:].reshape(B, K, Q, N // K, Y, H)
     return out_BKQGYH.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, N, H)
 
 
-def _reuse_kernel(rows_ref, used_ref, tiles_ref, q_ref, kv_ref, out_ref, block_ref, *, head_dim, query_tile, window):
-    """The query tiles of one program, one after the other: online softmax over blocks of their chosen keys."""
+def _reuse_call(
+    q_ZJQRD: jax.Array,
+    tiles_ZJQC: jax.Array,
+    kv_ZPMD: jax.Array,
+    at_once: int,
+    selection: Selection,
+    interpret: bool,
+) -> Callable[..., Any]:
+    """A function of rows_Q, used_ZJQ1, tiles_ZJQC, q_ZJQRD and kv_ZPMD, for arrays of these shapes."""
+    Z, J, together, R, width = q_ZJQRD.shape
+    _, P, M, D = kv_ZPMD.shape
+    needed = _reuse_bytes(P * M, D // 2, kv_ZPMD.dtype)
+    resident = needed <= VMEM_BYTES
+    keys = pl.BlockSpec((None, P, M, D), lambda z, j, rows: (z, 0, 0, 0), pipeline_mode=pl.Buffered(1))
+    queries = pl.BlockSpec((None, None, together, R, width), lambda z, j, rows: (z, j, 0, 0, 0))
+    scalars = [
+        pl.BlockSpec((None, None, together, n), lambda z, j, rows: (z, j, 0, 0), memory_space=pltpu.SMEM)
+        for n in (1, tiles_ZJQC.shape[-1])
+    ]
+    return pl.pallas_call(
+        partial(_reuse_kernel, query_tile=selection.query_tile, window=selection.window),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(Z, J),
+            in_specs=[*scalars, queries, keys if resident else pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=queries,
+            scratch_shapes=[
+                pltpu.VMEM((2, at_once, M, D), kv_ZPMD.dtype),
+                *([] if resident else [pltpu.SemaphoreType.DMA((2,))]),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q_ZJQRD.shape, q_ZJQRD.dtype),
+        compiler_params=_compiler_params(needed if resident else 0, 2),
+        interpret=interpret,
+        name="kascade_small_reuse",
+    )
+
+
+def _reuse_kernel(
+    rows_ref, used_ref, tiles_ref, q_ref, kv_ref, out_ref, blocks_ref, copied=None, *, query_tile, window
+):
+    """The query tiles of one program, one after the other: online softmax over blocks of their chosen keys.
+
+    While one block is multiplied, the next is copied. With `copied`, semaphores, keys and values lie outside of vector
+    memory.
+    """
     together, R, width = q_ref.shape
-    at_once, M, D = block_ref.shape
+    _, at_once, M, D = blocks_ref.shape
     first = pl.program_id(1) * together
+    copies = (tiles_ref, kv_ref if copied is None else kv_ref.at[pl.program_id(0)], blocks_ref, copied)
 
     def attend(i, _):
-        q_RD = q_ref[i]
+        q_RD, used = q_ref[i], used_ref[i, 0]
         row_R1 = rows_ref[first + i] + lax.rem(lax.broadcasted_iota(jnp.int32, (R, 1), 0), query_tile)
+        blocks = pl.cdiv(used, at_once)
+        _start_copies(i, 0, *copies)
 
         def step(block, carry):
             top, total, out = carry
-            key_1W = _copy_tiles(tiles_ref, i, block * at_once, used_ref[i, 0], kv_ref, block_ref)
-            kv_WD = block_ref[...].reshape(at_once * M, D)
-            scores = product(q_RD, kv_WD[:, :width], 1, 1) * head_dim**-0.5
+            pl.when(block + 1 < blocks)(lambda: _start_copies(i, block + 1, *copies))
+            _wait_for_copies(block, *copies)
+            kv_WD = blocks_ref[lax.rem(block, 2)].reshape(at_once * M, D)
+            scores = product(q_RD, kv_WD[:, :width], 1, 1) * (D // 2) ** -0.5
+            key_1W = _places(tiles_ref, i, block * at_once, used, at_once, M)
             scores = jnp.where(visible(row_R1, key_1W, window), scores, MASKED)
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
             weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
@@ -152,28 +179,47 @@ def _reuse_kernel(rows_ref, used_ref, tiles_ref, q_ref, kv_ref, out_ref, block_r
             return new_top, total * shrink + weights.sum(-1, keepdims=True), out * shrink + values
 
         empty = (jnp.full((R, 1), MASKED), jnp.zeros((R, 1)), jnp.zeros((R, width)))
-        _, total, out = lax.fori_loop(0, pl.cdiv(used_ref[i, 0], at_once), step, empty)
+        _, total, out = lax.fori_loop(0, blocks, step, empty)
         out_ref[i] = (out / total).astype(out_ref.dtype)
 
     lax.fori_loop(0, together, attend, None)
 
 
-def _copy_tiles(tiles_ref, i, start, used, kv_ref, block_ref):
-    """Fills block_ref with the tiles in the slots from `start` of query tile i. Returns the places of its keys, key_1W.
+def _start_copies(i, block, tiles_ref, kv_ref, blocks_ref, copied):
+    """Copies one block of query tile i's tiles, unused slots as well, so that no number in it is undefined."""
+    buffer, at_once = lax.rem(block, 2), blocks_ref.shape[1]
 
-    Slots beyond those in use are filled as well, so that no number in the block is undefined, and no row sees them.
-    """
-    at_once, M, _ = block_ref.shape
-    lane_1W = lax.broadcasted_iota(jnp.int32, (1, at_once * M), 1)
-    slot_1W, offset_1W = lax.div(lane_1W, M), lax.rem(lane_1W, M)
+    def copy(c, _):
+        tile = tiles_ref[i, block * at_once + c]
+        if copied is None:
+            blocks_ref[buffer, c] = kv_ref[tile]
+        else:
+            pltpu.make_async_copy(kv_ref.at[tile], blocks_ref.at[buffer, c], copied.at[buffer]).start()
 
-    def copy(c, key_1W):
-        tile = tiles_ref[i, start + c]
-        block_ref[c] = kv_ref[tile]
-        place = jnp.where(start + c < used, tile * M, UNUSED)
-        return jnp.where(slot_1W == c, place + offset_1W, key_1W)
+    lax.fori_loop(0, at_once, copy, None, unroll=math.gcd(at_once, UNROLL))
 
-    return lax.fori_loop(0, at_once, copy, jnp.zeros_like(lane_1W), unroll=math.gcd(at_once, UNROLL))
+
+def _wait_for_copies(block, tiles_ref, kv_ref, blocks_ref, copied):
+    """Until all copies of a block are there; a wait asks for the copy's size alone, so any tile stands for all."""
+    buffer, at_once = lax.rem(block, 2), blocks_ref.shape[1]
+
+    def wait(c, _):
+        pltpu.make_async_copy(kv_ref.at[0], blocks_ref.at[buffer, c], copied.at[buffer]).wait()
+
+    if copied is not None:
+        lax.fori_loop(0, at_once, wait, None)
+
+
+def _places(tiles_ref, i, start, used, at_once, tile_size):
+    """key_1W: the places of the keys in the slots from `start` of query tile i, out of sight in slots not in use."""
+    lane_1W = lax.broadcasted_iota(jnp.int32, (1, at_once * tile_size), 1)
+    slot_1W, offset_1W = lax.div(lane_1W, tile_size), lax.rem(lane_1W, tile_size)
+
+    def place(c, key_1W):
+        tile_start = jnp.where(start + c < used, tiles_ref[i, start + c] * tile_size, UNUSED)
+        return jnp.where(slot_1W == c, tile_start + offset_1W, key_1W)
+
+    return lax.fori_loop(0, at_once, place, lane_1W, unroll=math.gcd(at_once, UNROLL))
 
 
 # --- Choosing ---
@@ -243,9 +289,9 @@ def _score_kernel(seen_ref, row_ref, q_ref, k_ref, out_ref, tops_ref, mass_ref, 
     G, R, H = q_ref.shape
     at_once = KEYS_AT_ONCE // tile_size
     blocks = pl.cdiv(seen_ref[pl.program_id(0)], KEYS_AT_ONCE)
+    groups = pl.cdiv(blocks * at_once, LANES)
     out_ref[...] = jnp.zeros_like(out_ref)
-    tops_ref[...] = jnp.full_like(tops_ref, MASKED)
-    mass_ref[...] = jnp.zeros_like(mass_ref)
+    lax.fori_loop(0, groups, partial(_clear, tops_ref, mass_ref), None)
 
     def score_head(g, _):
         q_RH = q_ref[g]
@@ -268,9 +314,16 @@ def _score_kernel(seen_ref, row_ref, q_ref, k_ref, out_ref, tops_ref, mass_ref, 
         empty = jnp.full((1, R), MASKED), jnp.zeros((1, R))
         top, total = lax.fori_loop(0, blocks, sum_block, empty)
         real = jnp.where(row_ref[...] < length, 1 / total, 0.0)  # rows of padding choose nothing
-        _add_shares(out_ref, tops_ref, mass_ref, top, real, pl.cdiv(blocks * at_once, LANES))
+        _add_shares(out_ref, tops_ref, mass_ref, top, real, groups)
 
     lax.fori_loop(0, G, score_head, None)
+
+
+def _clear(tops_ref, mass_ref, group, _):
+    """Key tiles of the last group that no block reaches have no mass."""
+    tiles = pl.ds(pl.multiple_of(group * LANES, LANES), LANES)
+    tops_ref[tiles] = jnp.full((LANES, tops_ref.shape[1]), MASKED)
+    mass_ref[tiles] = jnp.zeros((LANES, mass_ref.shape[1]))
 
 
 def _add_shares(out_ref, tops_ref, mass_ref, top_1R, scale_1R, groups):
