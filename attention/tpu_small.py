@@ -169,13 +169,15 @@ def _reuse_kernel(
             top, total, out = carry
             pl.when(block + 1 < blocks)(lambda: _start_copies(i, block + 1, *copies))
             _wait_for_copies(block, *copies)
-            kv_WD = blocks_ref[lax.rem(block, 2)].reshape(at_once * M, D)
-            scores = product(q_RD, kv_WD[:, :width], 1, 1) * (D // 2) ** -0.5
+            buffer = lax.rem(block, 2)
+            k_WD = blocks_ref[buffer, :, :, :width].reshape(at_once * M, width)
+            v_WD = blocks_ref[buffer, :, :, D - width :].reshape(at_once * M, width)
+            scores = product(q_RD, k_WD, 1, 1) * (D // 2) ** -0.5
             key_1W = _places(tiles_ref, i, block * at_once, used, at_once, M)
             scores = jnp.where(visible(row_R1, key_1W, window), scores, MASKED)
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
             weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
-            values = product(weights.astype(kv_WD.dtype), kv_WD[:, D - width :], 1, 0)
+            values = product(weights.astype(v_WD.dtype), v_WD, 1, 0)
             return new_top, total * shrink + weights.sum(-1, keepdims=True), out * shrink + values
 
         empty = (jnp.full((R, 1), MASKED), jnp.zeros((R, 1)), jnp.zeros((R, width)))
