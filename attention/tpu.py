@@ -38,6 +38,7 @@ from attention.tpu_common import (
     by_query_tile,
     on_tpu_or_interpreted,
     product,
+    whole_lanes,
 )
 from errors import UnsupportedError
 from kascade_core import NO_TILE, Selection, select_tiles, tile_count, visible
@@ -88,7 +89,7 @@ def dense(
     """As `attention.dense`."""
     if layout.num_shards > 1:
         return _dense_by_tiles(q_BTNH, k_BKHS, v_BKSH, layout, window)
-    T, padded = q_BTNH.shape[1], _whole_lanes(q_BTNH.shape[1])
+    T, padded = q_BTNH.shape[1], whole_lanes(q_BTNH.shape[1])
     q_BTNH, k_BKHS, v_BKSH = pad_axis(q_BTNH, 1, padded), pad_axis(k_BKHS, 3, padded), pad_axis(v_BKSH, 2, padded)
     return _splash(q_BTNH, k_BKHS, v_BKSH, window)[:, :T]
 
@@ -117,7 +118,7 @@ def _dense_by_tiles(
     q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout, window: int | None
 ) -> jax.Array:
     """Reuse of all causal tiles, for the blocks of one shard, which are not contiguous."""
-    Y, M = layout.block, _whole_lanes(layout.block)
+    Y, M = layout.block, whole_lanes(layout.block)
     padded = tile_count(layout.padded, M) * M
     k_BKHS, v_BKSH = pad_axis(k_BKHS, 3, padded), pad_axis(v_BKSH, 2, padded)
     last_Q1 = layout.local_positions()[Y - 1 :: Y, None] // M
@@ -125,10 +126,6 @@ def _dense_by_tiles(
     tiles_QC = jnp.where(tiles_1C <= last_Q1, tiles_1C, NO_TILE)
     tiles_BKQC = jnp.broadcast_to(tiles_QC, (*k_BKHS.shape[:2], *tiles_QC.shape))
     return _reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, M, Y, window, layout)
-
-
-def _whole_lanes(tokens: int) -> int:
-    return tile_count(tokens, LANES) * LANES
 
 
 # --- Reuse ---

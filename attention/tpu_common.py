@@ -9,10 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kascade_core import tile_count
+
 LANES = 128  # of a vector register
 MASKED = -1e30  # a masked score: finite, since all of a row's first block of keys may be masked
 SMEM_BYTES = 2**20  # of a core's scalar memory, which holds one KV head's tiles, or all page lists of a step
 USABLE_SMEM = SMEM_BYTES * 7 // 8  # the compiler keeps some for itself
+
+
+def whole_lanes(numbers: int) -> int:
+    """The least multiple of LANES that holds so many."""
+    return tile_count(numbers, LANES) * LANES
 
 
 def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:

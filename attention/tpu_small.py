@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attention.sharding import Layout, pad_axis
-from attention.tpu_common import LANES, MASKED, USABLE_SMEM, by_query_tile, on_tpu_or_interpreted, product
+from attention.tpu_common import LANES, MASKED, USABLE_SMEM, by_query_tile, on_tpu_or_interpreted, product, whole_lanes
 from errors import UnsupportedError
 from kascade_core import NO_TILE, Selection, select_tiles, tile_count, visible
 
@@ -65,19 +65,15 @@ def check(selection: Selection, length: int, head_dim: int | None, dtype: Any, s
 
 def _reuse_bytes(length: int, head_dim: int, dtype: Any) -> int:
     """Of vector memory, for the keys and values of a head; if they do not fit, tiles are copied from outside."""
-    return length * _whole_lanes(2 * head_dim) * jnp.dtype(dtype).itemsize
+    return length * whole_lanes(2 * head_dim) * jnp.dtype(dtype).itemsize
 
 
 def _score_bytes(selection: Selection, length: int, head_dim: int, dtype: Any) -> int:
     """Of vector memory, for the keys of a head, each tile's mass and maximum in each row, and two blocks of results."""
     tiles = tile_count(length, selection.tile_size)
     together = ROWS // len(selection.scored_rows())
-    keys = length * _whole_lanes(head_dim) * jnp.dtype(dtype).itemsize
+    keys = length * whole_lanes(head_dim) * jnp.dtype(dtype).itemsize
     return keys + 4 * tiles * (2 * ROWS + 2 * max(together, 8))
-
-
-def _whole_lanes(numbers: int) -> int:
-    return tile_count(numbers, LANES) * LANES
 
 
 # --- Reuse ---
@@ -92,7 +88,7 @@ def reuse(
     M, Y, C = selection.tile_size, selection.query_tile, tiles_BKQC.shape[-1]
     check(selection, layout.length, H, q_BTNH.dtype, slots=C)
     Z, P, Q, together = B * K, S // M, T // Y, ROWS // Y
-    J, at_once = tile_count(Q, together), min(KEYS_AT_ONCE, _whole_lanes(C * M)) // M
+    J, at_once = tile_count(Q, together), min(KEYS_AT_ONCE, whole_lanes(C * M)) // M
     width = H if H % LANES == 0 else 2 * H  # a query's zeros meet the value that shares a row with the key
     kv_ZPMD = jnp.concatenate([k_BKHS.swapaxes(2, 3), v_BKSH], axis=-1).reshape(Z, P, M, 2 * H)
     q_ZQRD = pad_axis(pad_axis(by_query_tile(q_BTNH, K, Y), 3, width), 1, J * together)
@@ -261,7 +257,7 @@ def _scoring_call(
 ) -> Callable[..., Any]:
     """One KV head's scores: a function of seen_J, rows_JR, q_JGRH and k_SH."""
     (J, G, R, H), (_, S, _) = q_shape, k_ZSH.shape
-    together, P = R // len(selection.scored_rows()), _whole_lanes(S // selection.tile_size)
+    together, P = R // len(selection.scored_rows()), whole_lanes(S // selection.tile_size)
     return pl.pallas_call(
         partial(_score_kernel, tile_size=selection.tile_size, length=length, window=selection.window),
         grid_spec=pltpu.PrefetchScalarGridSpec(

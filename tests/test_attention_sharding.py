@@ -98,11 +98,12 @@ def test_gather_keys_brings_the_sequence_in_its_order(axis):
     np.testing.assert_array_equal(compile_ahead(shard(gather, mesh, spec, WHOLE), args, mesh)(*args), keys)
 
 
-SHAPES = {  # lengths that are no multiple of the devices' blocks
-    "xla": (Shape(2, 203, 6, 2, 10, 8, 3, 16), jnp.float32),
-    "pallas_tpu": (Shape(1, 650, 4, 2, 16, 128, 3, 256), jnp.float32),
-    "pallas_gpu": (Shape(1, 150, 3, 1, 64, 16, 3, 32), jnp.float16),
-}
+SPLIT = [  # lengths that are no multiple of the devices' blocks
+    ("xla", Shape(2, 203, 6, 2, 10, 8, 3, 16), jnp.float32),
+    ("pallas_tpu", Shape(1, 650, 4, 2, 16, 128, 3, 256), jnp.float32),
+    ("pallas_tpu", Shape(1, 250, 4, 2, 16, 16, 3, 48), jnp.float32),
+    ("pallas_gpu", Shape(1, 150, 3, 1, 64, 16, 3, 32), jnp.float16),
+]
 
 
 def run_split(function, shape, qkv, out_specs):
@@ -114,17 +115,15 @@ def run_split(function, shape, qkv, out_specs):
     return layout, compile_ahead(split, args, mesh)(*args)
 
 
-@pytest.mark.parametrize("kernel", SHAPES)
-def test_dense_split_over_devices_equals_naive(kernel):
-    shape, dtype = SHAPES[kernel]
+@pytest.mark.parametrize(("kernel", "shape", "dtype"), SPLIT)
+def test_dense_split_over_devices_equals_naive(kernel, shape, dtype):
     qkv = inputs(shape, dtype)
     layout, out = run_split(functools.partial(attention.dense, kernel=kernel), shape, qkv, ROWS)
     check_error(layout.collect(out, 1)[:, : shape.T], qkv, causal(shape.T))
 
 
-@pytest.mark.parametrize("kernel", SHAPES)
-def test_a_choice_split_over_devices_equals_naive(kernel):
-    shape, dtype = SHAPES[kernel]
+@pytest.mark.parametrize(("kernel", "shape", "dtype"), SPLIT)
+def test_a_choice_split_over_devices_equals_naive(kernel, shape, dtype):
     q, k, v = inputs(shape, dtype)
     selection = Selection(tile_size=shape.tile_size, top_k=shape.top_k)
 
@@ -136,9 +135,10 @@ def test_a_choice_split_over_devices_equals_naive(kernel):
     np.testing.assert_array_equal(tiles, naive_choice(q, k, selection))
 
 
-@pytest.mark.parametrize("kernel", ["xla", full("pallas_tpu"), full("pallas_gpu")])
-def test_an_anchor_split_over_devices_attends_to_what_it_chose(kernel):
-    shape, dtype = SHAPES[kernel]
+@pytest.mark.parametrize(
+    ("kernel", "shape", "dtype"), [case if case in (SPLIT[0], SPLIT[2]) else full(*case) for case in SPLIT]
+)
+def test_an_anchor_split_over_devices_attends_to_what_it_chose(kernel, shape, dtype):
     qkv, selection = inputs(shape, dtype), Selection(tile_size=shape.tile_size, top_k=shape.top_k)
     anchor = functools.partial(attention.anchor, selection=selection, kernel=kernel)
     layout, (out, tiles) = run_split(anchor, shape, qkv, (ROWS, TILES))
