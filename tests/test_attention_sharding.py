@@ -1,6 +1,7 @@
 """Blocks, their zigzag over devices, and attention split over several devices, which computes what one does."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from test_attention import Shape, causal, check_error, full, inputs, naive_choice, visible_tiles
 
 import attention
+from attention import sharding
 from attention.sharding import (
     BLOCK,
     ROWS,
@@ -168,3 +170,26 @@ def test_cpu_programs_are_compiled_with_its_options(mesh, monkeypatch):
     monkeypatch.setattr(jax, "jit", lambda function, **options: asked.append(options) or jit(function, **options))
     assert compile_ahead(jnp.sin, (jnp.ones(3),), mesh and make_mesh(jax.devices()))(jnp.ones(3)).shape == (3,)
     assert asked[0]["compiler_options"] == {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+class Chip(NamedTuple):
+    """A device of a platform that is not here."""
+
+    platform: str
+
+
+def test_a_tpus_programs_are_compiled_with_those_options_that_its_compiler_has(monkeypatch):
+    options = {"xla_tpu_offload_gather_to_sparsecore": "false", "xla_of_another_release": "true"}
+    monkeypatch.setattr(sharding, "TPU_OPTIONS", options)
+    monkeypatch.setattr(sharding, "_is_known", lambda name, value, device: name in [*options][:1])
+    assert sharding.compiler_options(Chip("tpu")) == {"xla_tpu_offload_gather_to_sparsecore": "false"}
+    assert sharding.compiler_options(Chip("gpu")) == {}
+    sharding.compiler_options.cache_clear()
+
+
+def test_an_option_is_known_if_the_compiler_takes_it():
+    cpu = jax.devices()[0]
+    assert sharding._is_known("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_DEFAULT", cpu)
+    assert not sharding._is_known("xla_of_another_release", "true", cpu)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="nonsense"):  # another error is not taken for an answer
+        sharding._is_known("xla_cpu_scheduler_type", "nonsense", cpu)
