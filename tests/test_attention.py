@@ -313,15 +313,19 @@ def test_an_anchor_attends_to_what_it_chose(kernel, shape, dtype):
     check_error(out[:, : shape.T], qkv, visible_tiles(tiles, shape.tile_size, shape.tile_size, shape.T))
 
 
-SMALL = [("xla", XLA[0]), ("pallas_tpu", TPU[0]), ("pallas_gpu", GPU[1])]
+SMALL = [("xla", XLA[0]), ("pallas_tpu", TPU[0]), ("pallas_tpu", TPU[6]), ("pallas_gpu", GPU[1])]
+
+
+def all_tiles(shape):
+    """Every causal tile, for query tiles of the key tile's size."""
+    all_P = np.arange(tile_count(shape.T, shape.tile_size), dtype=np.int32)
+    return np.broadcast_to(np.where(all_P <= all_P[:, None], all_P, NO_TILE), (shape.B, shape.K, *[len(all_P)] * 2))
 
 
 @pytest.mark.parametrize(("kernel", "shape"), [case if case in SMALL else full(*case) for case in CASES])
 def test_reuse_of_all_tiles_equals_dense(kernel, shape):
-    qkv = inputs(shape, DTYPES[kernel][0])
-    all_P = np.arange(tile_count(shape.T, shape.tile_size), dtype=np.int32)
-    tiles = np.broadcast_to(np.where(all_P <= all_P[:, None], all_P, NO_TILE), (shape.B, shape.K, *[len(all_P)] * 2))
-    check_error(reuse(kernel, shape, *qkv, tiles, selection=Selection(tile_size=shape.tile_size)), qkv, causal(shape.T))
+    qkv, selection = inputs(shape, DTYPES[kernel][0]), Selection(tile_size=shape.tile_size)
+    check_error(reuse(kernel, shape, *qkv, all_tiles(shape), selection=selection), qkv, causal(shape.T))
 
 
 WINDOWS = [  # several blocks of keys, some out of sight; a window of no whole tiles, one within a tile, one beyond the text
@@ -519,8 +523,8 @@ def test_a_head_beyond_the_tpus_vector_memory_is_refused_with_what_would_fit():
 def test_tiles_of_a_head_beyond_vector_memory_are_copied_from_outside_to_the_same_bits(monkeypatch):
     """In two blocks of keys, of which one is copied while the other is multiplied, and in one."""
     for shape in (TPU[6], TPU[4]):
-        qkv, tiles = inputs(shape, jnp.bfloat16), random_tiles(shape, 32)
-        options = {"selection": Selection(tile_size=shape.tile_size, query_tile=32)}
+        qkv, tiles = inputs(shape, jnp.bfloat16), all_tiles(shape)
+        options = {"selection": Selection(tile_size=shape.tile_size)}
         with monkeypatch.context() as patched:
             patched.setattr(tpu_small, "_reuse_bytes", lambda *sizes: tpu_small.VMEM_BYTES + 1)
             compiled.cache_clear()
