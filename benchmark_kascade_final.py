@@ -20,10 +20,10 @@ import contextlib
 import dataclasses
 import datetime
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ import convert_weights
 from attention.sharding import compiler_options, make_mesh
 from errors import ctrl_c_raises, exit_on_bad_input
 from kascade_core import (
+    Schedule,
     attended_tiles,
     check_perplexity,
     density_of,
@@ -41,9 +42,9 @@ from kascade_core import (
     publish_tiles,
     tile_count,
 )
-from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
+from llama_model import Forward, LlamaConfig, LlamaModel, Output, count_parameters, load_weights
 from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, measure_task, oracle_of
-from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depths
+from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depth
 from measure.densities import map_tiles, measure_density
 from measure.layerwise import Calibration
 from measure.machine import (
@@ -55,18 +56,16 @@ from measure.machine import (
     time_interleaved,
 )
 from measure.quality import compare, long_context_loss, run_windows
-from measure.resume import earlier_rows, measure_rows, save_partly
-from measure.schedules import find_schedule, load_schedule, save_schedule
+from measure.resume import Earlier, earlier_rows, measure_rows, save_partly
+from measure.schedules import SavedSchedule, find_schedule, load_schedule, save_schedule
 from measure.settings import Settings
 from measure.tasks import ANSWER_ROOM, Task, make_tasks
 from measure.texts import Windows, hash_of, load_windows
 from measure.timing import compile_attention, measure_length
 from report import console, tables
 from report.results import (
-    Decoding,
-    DepthRow,
-    Generated,
     Layer,
+    LimitCheck,
     Machine,
     Model,
     Quality,
@@ -119,7 +118,104 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     say: Say = (lambda _: None) if settings.quiet else show
     say(console.configuration(settings))
     settings.check_files()
+    setup = prepare(settings, say)
+    plans, calibration, limit_check = make_schedule(setup, say)
+    both = run_both(setup, plans, say)
+    settings, windows = setup.settings, setup.windows
 
+    quality = both.quality
+    show("\n" + console.quality(quality, settings))
+    long_context = None
+    if settings.long_ppl:
+        long_context = long_context_loss(
+            setup.model, setup.params, windows.test, quality.compared, windows.prefix_tokens, setup.mesh
+        )
+        show(console.long_context(long_context))
+    if limit_check:
+        show(console.limit_kept(limit_check, quality, settings.max_degradation))
+
+    meaning = console.describe_timing(settings, setup.machine)
+    timing, attention_ms = time_both(setup, both, meaning, say)
+    task_rows = []
+    if setup.tasks:
+        show("\n" + console.tasks_header(settings))
+        task_rows = run_tasks(setup.model, both.sparse_model, setup.params, setup.tasks, setup.mesh)
+        show(console.tasks_power(task_rows))
+
+    results = Results(
+        settings=dataclasses.replace(settings, weights_dir=setup.weights_dir),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
+        model=describe_model(setup.manifest, setup.params),
+        machine=setup.machine,
+        prefix=windows.prefix,
+        schedule=[Layer(plan, density) for plan, density in zip(both.sparse_model.schedule, quality.layer_densities)],
+        limit_check=limit_check,
+        quality=quality,
+        timing=timing,
+        attention_ms=attention_ms,
+        long_context=long_context,
+        texts=texts_used(windows, settings),
+        similarity=calibration.similarity if calibration else None,
+        tasks=task_rows,
+    )
+    if settings.html:
+        maps = map_tiles(
+            setup.model, setup.params, windows.test[0], both.sparse_model.schedule, both.attended, setup.mesh
+        )
+        results = dataclasses.replace(results, tile_maps=maps)
+    earlier = earlier_rows(settings.json, results)
+    if settings.densities:
+        results = measure_densities(setup, both, calibration, results, earlier)
+    if settings.sweep:
+        results = measure_sweep(setup, both, results, earlier, meaning)
+    results = decode(setup, both, results, earlier)
+    return dataclasses.replace(results, peak_memory_bytes=peak_memory(setup.mesh.devices.flat[0]))
+
+
+# --- Its parts ---
+
+
+class Setup(NamedTuple):
+    """What a run is made with.
+
+    Attributes:
+      settings: with every default resolved.
+      saved: the schedule of --load_schedule.
+      model: the dense one.
+      tasks: empty without --tasks.
+    """
+
+    settings: Settings
+    machine: Machine
+    mesh: Mesh
+    weights_dir: Path
+    manifest: Manifest
+    saved: SavedSchedule | None
+    model: LlamaModel
+    params: Any
+    tokenizer: TextTokenizer
+    windows: Windows
+    tasks: Sequence[Task]
+
+
+class Both(NamedTuple):
+    """The dense and the sparse model's forwards of the test windows, and what came of them.
+
+    Attributes:
+      attended: the tiles of the first window, int32 [B, K, Q, C] by sparse layer.
+    """
+
+    sparse_model: LlamaModel
+    dense: Forward
+    sparse: Forward
+    dense_outputs: Sequence[Output]
+    attended: Mapping[int, jax.Array]
+    quality: Quality
+
+
+def prepare(settings: Settings, say: Say) -> Setup:
+    """Device, weights and texts."""
     say(f"🖥️  Configuring JAX to use {settings.device.upper()}...")
     devices = configure_device(settings.device)
     mesh = make_mesh(devices)
@@ -128,6 +224,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     say(f"✓ JAX using {len(devices)} {settings.device.upper()} device(s): {[device.id for device in devices]}\n")
 
     weights_dir, manifest = find_weights(settings, say)
+    saved = None
     if settings.load_schedule:
         saved = load_schedule(settings.load_schedule, manifest)
         settings = dataclasses.replace(settings, selection=saved.selection)
@@ -136,159 +233,139 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     say(f"📦 Loading weights from {weights_dir}...")
     dtype = jnp.dtype(settings.dtype)
     params = load_weights(weights_dir, manifest, dtype, mesh)
-    model = describe_model(manifest, params)
-    say(console.model_line(model) + "\n")
+    say(console.model_line(describe_model(manifest, params)) + "\n")
 
     tokenizer = load_tokenizer(weights_dir, manifest.tokenizer)
-    calibrated_on = saved.calibrated_on if settings.load_schedule else None
-    windows = load_windows(tokenizer, settings, manifest.config.vocab_size, calibrated_on)
+    windows = load_windows(tokenizer, settings, manifest.config.vocab_size, saved and saved.calibrated_on)
     describe_windows(windows, settings, say)
     settings = settings_as_run(settings, windows)
     tasks = make_tasks(tokenizer, settings)
+    model = LlamaModel(manifest.config, None, settings.selection, dtype=dtype, kernel=settings.kernel)
+    check_decoding(model, settings, devices[0])
+    return Setup(settings, machine, mesh, weights_dir, manifest, saved, model, params, tokenizer, windows, tasks)
 
-    model_dense = LlamaModel(manifest.config, None, settings.selection, dtype=dtype, kernel=settings.kernel)
-    check_decoding(model_dense, settings, devices[0])
-    limit_check = None
-    if settings.load_schedule:
-        plans = saved.plans
+
+def make_schedule(setup: Setup, say: Say) -> tuple[Schedule, Calibration | None, LimitCheck | None]:
+    """The schedule that was loaded, or one from the calibration text."""
+    settings, calibration, limit_check = setup.settings, None, None
+    if setup.saved:
+        plans = setup.saved.plans
     else:
         say(f"📊 Calibrating on {(settings.calib_text or settings.text).name}...")
-        calibration = Calibration(model_dense, params, windows.calibration, mesh)
+        calibration = Calibration(setup.model, setup.params, setup.windows.calibration, setup.mesh)
         if settings.verbose:
             say("\n".join(console.chosen_tiles(layer, tiles) for layer, tiles in calibration.tiles.items()))
         plans, limit_check = find_schedule(settings, calibration)
-    model_sparse = model_dense.clone(schedule=plans)
     say("\n⚡ Generating Optimized Schedule:")
-    say(console.schedule(model_sparse.schedule, settings))
+    say(console.schedule(plans, settings))
     if settings.save_schedule:
-        save_schedule(settings.save_schedule, model_sparse.schedule, settings.selection, manifest, windows.calibration)
+        save_schedule(settings.save_schedule, plans, settings.selection, setup.manifest, setup.windows.calibration)
         say(f"📝 Schedule written to {settings.save_schedule}")
+    return plans, calibration, limit_check
 
+
+def run_both(setup: Setup, plans: Schedule, say: Say) -> Both:
+    """The test windows through the dense and the sparse model."""
+    settings, params, mesh, test = setup.settings, setup.params, setup.mesh, setup.windows.test
     decodes = bool(settings.decode or settings.generate)
-    test_ids = windows.test[0]  # timed; all windows are compared
     say("🏃 Running DENSE Baseline...")
-    dense = model_dense.compile(params, test_ids, mesh, with_cache=decodes)
-    dense_outputs = run_windows(dense, params, windows.test)
+    dense = setup.model.compile(params, test[0], mesh, with_cache=decodes)
+    dense_outputs = run_windows(dense, params, test)
     dense_perplexity = perplexity_of(np.concatenate([output.nll for output in dense_outputs]))
-    warn(check_perplexity(dense_perplexity, manifest.config.vocab_size, len(windows.test) * (test_ids.size - 1)))
+    warn(check_perplexity(dense_perplexity, setup.manifest.config.vocab_size, len(test) * (test[0].size - 1)))
     say(f"  All {tile_count(settings.seq_len, settings.selection.tile_size)} tiles in every layer\n")
 
     say("⚡ Running KASCADE Sparse...")
-    sparse = model_sparse.compile(params, test_ids, mesh, with_cache=decodes)
-    sparse_outputs = run_windows(sparse, params, windows.test)
+    sparse_model = setup.model.clone(schedule=plans)
+    sparse = sparse_model.compile(params, test[0], mesh, with_cache=decodes)
+    sparse_outputs = run_windows(sparse, params, test)
     publish_tiles(sparse_outputs[0].tiles)
-    attended = attended_tiles(model_sparse.schedule, sparse_outputs[0].tiles)
+    attended = attended_tiles(plans, sparse_outputs[0].tiles)
     if settings.verbose:
-        tile_size = settings.selection.tile_size
-        say(console.sparse_layers(model_sparse.schedule, attended, tile_size, settings.seq_len))
-    compared = compare(model_dense, params, windows.test, dense_outputs, sparse_outputs, mesh)
-    quality = Quality(compared, [density_of(tiles, model_sparse.selection) for tiles in attended.values()])
-    show("\n" + console.quality(quality, settings))
-    long_context = None
-    if settings.long_ppl:
-        prefix = windows.prefix_tokens
-        long_context = long_context_loss(model_dense, params, windows.test, compared, prefix, mesh)
-        show(console.long_context(long_context))
-    if limit_check:
-        show(console.limit_kept(limit_check, quality, settings.max_degradation))
+        say(console.sparse_layers(plans, attended, settings.selection.tile_size, settings.seq_len))
+    compared = compare(setup.model, params, test, dense_outputs, sparse_outputs, mesh)
+    quality = Quality(compared, [density_of(tiles, sparse_model.selection) for tiles in attended.values()])
+    return Both(sparse_model, dense, sparse, dense_outputs, attended, quality)
 
+
+def time_both(setup: Setup, both: Both, meaning: str, say: Say) -> tuple[Timing, Mapping[str, Sequence[float]]]:
+    """The first test window's forwards in turn, and one layer's attention alone by kind, milliseconds."""
+    settings, params, test_ids = setup.settings, setup.params, setup.windows.test[0]
     show(f"⏱️  SPEEDUP BENCHMARK\n{console.RULE}\n")
     say(f"Benchmarking {settings.n_runs} runs each...")
-    say(f"  Compiled before the clock starts: dense {dense.seconds:.1f} s, sparse {sparse.seconds:.1f} s")
+    say(f"  Compiled before the clock starts: dense {both.dense.seconds:.1f} s, sparse {both.sparse.seconds:.1f} s")
     say("  Warming up...\n  Timing Dense and Sparse in turn...\n")
-    runs = {"dense": partial(dense, params, test_ids), "sparse": partial(sparse, params, test_ids)}
+    runs = {"dense": partial(both.dense, params, test_ids), "sparse": partial(both.sparse, params, test_ids)}
     samples = time_interleaved(runs, settings.n_runs)
-    timing = Timing(samples["dense"], samples["sparse"], dense.seconds, sparse.seconds)
-    meaning = console.describe_timing(settings, machine)
-    show(console.timing(timing, f"{meaning}; {settings.seq_len} tokens,\n    density {quality.density:.2%}"))
-    attention_ms = time_interleaved(compile_attention(model_dense, settings.seq_len, mesh), settings.n_runs)
+    timing = Timing(samples["dense"], samples["sparse"], both.dense.seconds, both.sparse.seconds)
+    show(console.timing(timing, f"{meaning}; {settings.seq_len} tokens,\n    density {both.quality.density:.2%}"))
+    attention_ms = time_interleaved(compile_attention(setup.model, settings.seq_len, setup.mesh), settings.n_runs)
     show("\n" + console.attention_alone(attention_ms))
+    return timing, attention_ms
 
-    task_rows = []
-    if tasks:
-        show("\n" + console.tasks_header(settings))
-        task_rows = run_tasks(model_dense, model_sparse, params, tasks, mesh)
-        show(console.tasks_power(task_rows))
 
-    results = Results(
-        settings=dataclasses.replace(settings, weights_dir=weights_dir),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=command,
-        model=model,
-        machine=machine,
-        prefix=windows.prefix,
-        schedule=[
-            Layer(plan, density_of(attended[i], model_sparse.selection)) for i, plan in enumerate(model_sparse.schedule)
-        ],
-        limit_check=limit_check,
-        quality=quality,
-        timing=timing,
-        attention_ms=attention_ms,
-        long_context=long_context,
-        texts=texts_used(windows, settings),
-        similarity=None if settings.load_schedule else calibration.similarity,
+def measure_densities(
+    setup: Setup, both: Both, calibration: Calibration, results: Results, earlier: Earlier
+) -> Results:
+    """The results with a row for each of --densities."""
+    settings = setup.settings
+    show("\n" + console.densities_header(settings))
+    measure_one = partial(
+        measure_density,
+        settings=settings,
+        calibration=calibration,
+        dense=both.dense,
+        dense_outputs=both.dense_outputs,
+        windows=setup.windows.test,
     )
-    if settings.html:
-        maps = map_tiles(model_dense, params, test_ids, model_sparse.schedule, attended, mesh)
-        results = dataclasses.replace(results, tile_maps=maps)
-    sweep_earlier, densities_earlier = earlier_rows(settings.json, results)
-
-    def finished(rows: list[Any], was_there: bool, field: str, line: Callable[[Any], str]) -> None:
-        show(line(rows[-1]) + was_there * f"  (from {settings.json})")
-        save_partly(settings.json, dataclasses.replace(results, **{field: rows}))
-
-    if settings.densities:
-        show("\n" + console.densities_header(settings))
-        measure_one = partial(
-            measure_density,
-            settings=settings,
-            calibration=calibration,
-            dense=dense,
-            dense_outputs=dense_outputs,
-            windows=windows.test,
-        )
-        finish = partial(finished, field="densities", line=console.density_row)
-        rows = measure_rows(settings.densities, densities_earlier, measure_one, finish)
-        results = dataclasses.replace(results, densities=rows)
-    if settings.sweep:
-        show("\n" + console.sweep_header(meaning))
-        models = {"dense": model_dense, "sparse": model_sparse}
-        measure_one = partial(measure_length, models, params, test_ids, mesh=mesh, n_runs=settings.n_runs)
-        finish = partial(finished, field="sweep", line=console.sweep_row)
-        rows = measure_rows(settings.sweep, sweep_earlier, measure_one, finish)
-        results = dataclasses.replace(results, sweep=rows)
-        show(console.sweep_break_even(rows))
-
-    arms = Arms(model_dense, model_sparse, {"dense": dense, "sparse": sparse}, params, mesh)
-    decoding, depths, generated = decode(arms, windows, settings, tokenizer)
-
+    finish = partial(finish_row, results, field="densities", line=console.density_row)
     return dataclasses.replace(
-        results,
-        decoding=decoding,
-        depths=depths,
-        generated=generated,
-        tasks=task_rows,
-        peak_memory_bytes=peak_memory(devices[0]),
+        results, densities=measure_rows(settings.densities, earlier.densities, measure_one, finish)
     )
 
 
-def decode(
-    arms: Arms, windows: Windows, settings: Settings, tokenizer: TextTokenizer
-) -> tuple[Decoding | None, list[DepthRow], Generated | None]:
-    """The part of the run that decodes token by token."""
-    decoding, depths, generated = None, [], None
+def measure_sweep(setup: Setup, both: Both, results: Results, earlier: Earlier, meaning: str) -> Results:
+    """The results with a row for each length of --sweep."""
+    settings, models = setup.settings, {"dense": setup.model, "sparse": both.sparse_model}
+    show("\n" + console.sweep_header(meaning))
+    measure_one = partial(
+        measure_length, models, setup.params, setup.windows.test[0], mesh=setup.mesh, n_runs=settings.n_runs
+    )
+    finish = partial(finish_row, results, field="sweep", line=console.sweep_row)
+    rows = measure_rows(settings.sweep, earlier.sweep, measure_one, finish)
+    show(console.sweep_break_even(rows))
+    return dataclasses.replace(results, sweep=rows)
+
+
+def decode(setup: Setup, both: Both, results: Results, earlier: Earlier) -> Results:
+    """The results with what is decoded token by token."""
+    settings, windows = setup.settings, setup.windows
+    forwards = {"dense": both.dense, "sparse": both.sparse}
+    arms = Arms(setup.model, both.sparse_model, forwards, setup.params, setup.mesh)
     if settings.decode:
-        decoding = decode_windows(arms, windows, settings)
-        show("\n" + console.decoding(decoding, settings.dtype))
+        results = dataclasses.replace(results, decoding=decode_windows(arms, windows, settings))
+        show("\n" + console.decoding(results.decoding, settings.dtype))
     if settings.depths:
         show(console.depths_header(settings.batch))
-        depths = measure_depths(arms, settings, lambda row: show(console.depth_row(row)))
-        show(console.sweep_break_even(depths) + "\n")
+        measure_one = partial(measure_depth, arms, batch=settings.batch, n_runs=settings.n_runs)
+        finish = partial(finish_row, results, field="depths", line=console.depth_row)
+        results = dataclasses.replace(
+            results, depths=measure_rows(settings.depths, earlier.depths, measure_one, finish)
+        )
+        show(console.sweep_break_even(results.depths) + "\n")
     if settings.generate:
         generated = generate(arms, windows.test[0], settings.generate, settings.prefill)
-        texts = (tokenizer.decode(ids) for ids in (generated.dense, generated.sparse))
+        texts = (setup.tokenizer.decode(ids) for ids in (generated.dense, generated.sparse))
         show(console.continuations(generated, *texts))
-    return decoding, depths, generated
+        results = dataclasses.replace(results, generated=generated)
+    return results
+
+
+def finish_row(results: Results, rows: list[Any], was_there: bool, field: str, line: Callable[[Any], str]) -> None:
+    """Prints the last of `rows` and saves the report with those that are measured by now."""
+    path = results.settings.json
+    show(line(rows[-1]) + was_there * f"  (from {path})")
+    save_partly(path, dataclasses.replace(results, **{field: rows}))
 
 
 def run_tasks(dense: LlamaModel, sparse: LlamaModel, params: Any, tasks: Sequence[Task], mesh: Mesh) -> list[TaskRow]:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -65,10 +66,16 @@ def exit_on_bad_input(debug: bool = False) -> Iterator[None]:
 # --- Ctrl-C ---
 
 
+_stopping = threading.Lock()
+
+
 def _stop(*_: object) -> NoReturn:
     """Ends the process at once: no exception that a callback could swallow, no exit that waits for a computation."""
-    with contextlib.suppress(OSError):  # stderr is closed
-        os.write(2, b"error: interrupted\n")
+    if _stopping.acquire(blocking=False):
+        with contextlib.suppress(OSError):  # stderr is closed
+            os.write(2, b"error: interrupted\n")
+    else:  # the main thread's handler and the thread that waits for the byte both come here: one says it
+        time.sleep(1)
     os._exit(2)
 
 

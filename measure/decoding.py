@@ -263,15 +263,6 @@ def _share_read(plan: LayerPlan, density: float) -> float:
 # --- By depth ---
 
 
-def measure_depths(arms: Arms, settings: Settings, say: Callable[[DepthRow], None]) -> list[DepthRow]:
-    """Times a step at each of the settings' depths; `say` is told each row as it comes."""
-    rows = []
-    for depth in settings.depths:
-        rows.append(measure_depth(arms, depth, settings.batch, settings.n_runs))
-        say(rows[-1])
-    return rows
-
-
 def measure_depth(arms: Arms, depth: int, batch: int, n_runs: int) -> DepthRow:
     """Dense, sparse keeping all tiles, and sparse, interleaved, on caches of random keys and values.
 

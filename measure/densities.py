@@ -59,7 +59,7 @@ def measure_density(
         degradation_pct=quality.degradation_pct,
         error_pct=quality.error_pct,
         delta_log_ppl=quality.delta_log_ppl,
-        kl_nats=quality.kl.mean,
+        kl=quality.kl.mean,
         same_top1=quality.same_top1,
         dense_ms=times["dense"],
         sparse_ms=times["sparse"],

@@ -6,32 +6,48 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from errors import InputError
-from report.results import DensityRow, Results, SweepRow, finite, is_stdout, read_report, write_json
+from measure.settings import OUTPUTS
+from report.results import DensityRow, DepthRow, Results, SweepRow, finite, is_stdout, read_report, write_json
 
 AGREEING = ("program", "model", "device", "versions", "git_commit", "kernel", "texts", "schedule_sha256")
-FREE_FLAGS = ("densities", "sweep", "json", "html", "csv", "markdown", "save_schedule", "verbose", "quiet", "debug")
-Row = TypeVar("Row", SweepRow, DensityRow)
+FREE_FLAGS = ("densities", "sweep", "depths", *OUTPUTS, "verbose", "quiet", "debug")
+Row = TypeVar("Row", SweepRow, DensityRow, DepthRow)
 
 
-def earlier_rows(path: Path | None, results: Results) -> tuple[dict[int, SweepRow], dict[float, DensityRow]]:
-    """The sweep's rows by length and the densities' by density asked for, of a run that agrees with this one.
+class Earlier(NamedTuple):
+    """Finished rows, by the length, density or depth that was asked for."""
 
-    Empty where there is no such file, or anything that a row depends on differs: then all is measured.
+    sweep: dict[int, SweepRow]
+    densities: dict[float, DensityRow]
+    depths: dict[int, DepthRow]
+
+
+def earlier_rows(path: Path | None, results: Results) -> Earlier:
+    """The rows of a run that agrees with this one.
+
+    None where there is no such file, or anything that a row depends on differs: then all is measured. Skipped rows are
+    tried again. Depths, which every run measures, are those of an interrupted run alone.
     """
+    nothing = Earlier({}, {}, {})
     if path is None or is_stdout(path) or not path.is_file():
-        return {}, {}
+        return nothing
     try:
         report = read_report(path)
         if not _agree(report, json.loads(json.dumps(finite(results.to_json())))):
-            return {}, {}
+            return nothing
         sweep = [SweepRow(**_fields(SweepRow, row)) for row in report["sweep"]]
         densities = [DensityRow(**_fields(DensityRow, row)) for row in report["densities"]]
+        depths = [DepthRow(**_fields(DepthRow, row)) for row in report["decode_depths"] if not report["finished"]]
     except (InputError, KeyError, TypeError, AttributeError):  # another program's file, or a damaged one
-        return {}, {}
-    return {row.length: row for row in sweep}, {row.asked: row for row in densities}
+        return nothing
+    return Earlier(
+        {row.length: row for row in sweep if not row.skipped},
+        {row.asked: row for row in densities},
+        {row.depth: row for row in depths if not row.skipped},
+    )
 
 
 def _agree(report: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -143,8 +143,8 @@ class Settings:
     )
     densities: tuple[float, ...] = _flag(
         (),
-        "also a schedule, its quality and its time at each of these densities of the sparse layers; as with --sweep, "
-        "rows that the file of --json has from a run with the same flags are taken from there",
+        "also a schedule, its quality and its time at each of these densities, in (0, 1], of the sparse layers; as "
+        "with --sweep, rows that the file of --json has from a run with the same flags are taken from there",
         metavar="X,X,...",
     )
     html: Path | None = _flag(None, "write a page with plots of everything to FILE", metavar="FILE")
@@ -182,7 +182,8 @@ class Settings:
     def _check_outputs(self) -> None:
         paths = {name: path for name in OUTPUTS if (path := getattr(self, name))}
         for name, path in paths.items():
-            if not can_be_written(path) or (is_stdout(path) and name in ("html", "csv", "markdown")):
+            appended = name in ("csv", "markdown")
+            if not can_be_written(path, appended) or (is_stdout(path) and (appended or name == "html")):
                 raise InputError(f"{name}: cannot write {path}: give a file in a folder that exists and is open to you")
             same = [other for other in paths if other < name and paths[other].resolve() == path.resolve()]
             if same:
@@ -437,12 +438,17 @@ FLAG_TYPES: dict[str, tuple[Callable[[str], Any], str]] = {  # by a field's anno
 }
 
 
-def can_be_written(path: Path) -> bool:
-    """Whether a report can be put there: a plain file or nothing yet, in a folder open to us, or standard output."""
+def can_be_written(path: Path, appended: bool = False) -> bool:
+    """Whether a report can be put there: a plain file or nothing yet, in a folder open to us, or standard output.
+
+    A file that is replaced may be closed to us, one that is `appended` to may not.
+    """
     try:
         if is_stdout(path):
             return True
         plain = path.is_file() or not path.exists()
+        if appended and path.exists() and not os.access(path, os.W_OK):
+            return False
         return plain and path.resolve().parent.is_dir() and os.access(path.resolve().parent, os.W_OK)
     except (OSError, ValueError):  # a name too long, or one that no file has
         return False

@@ -24,6 +24,7 @@ from errors import InputError, Parser, exit_on_bad_input, quote
 from report.results import read_report
 from report.tables import markdown
 
+REACH = 1.96  # standard errors to either side in a 95 % interval
 NOT_SETTINGS = ("json", "html", "csv", "markdown", "quiet", "verbose", "debug", "save_schedule")
 
 
@@ -115,10 +116,11 @@ def _densities(report: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
 
 
 def _tasks(report: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
-    for task in report.get("tasks") or ():
-        for arm in ("dense", "sparse"):
-            error = math.sqrt(task[arm] * (1 - task[arm]) / task["n"]) if task["n"] else None
-            yield f"task {task['task']}, {task['length']} tokens, {arm}, share", Figure(task[arm], error)
+    for task in report["tasks"]:
+        for arm in ("dense", "oracle", "sparse"):
+            low, high = task[f"{arm}_ci"]
+            name = f"task {task['task']} ({task['setup']}), {task['length']} tokens, {arm}, share"
+            yield name, Figure(task[arm], (high - low) / 2 / REACH)
 
 
 # --- Side by side ---
@@ -146,7 +148,9 @@ def _described(report: Mapping[str, Any]) -> dict[str, Any]:
         described |= {f"{part} {name}": value for name, value in report[part].items()}
     for role, text in report["texts"].items():
         described |= {f"text {role} {name}": value for name, value in text.items()}
-    return described | {name: report[name] for name in ("kernel", "git_commit", "layer_types", "schedule_sha256")}
+    return described | {
+        name: report[name] for name in ("finished", "kernel", "git_commit", "layer_types", "schedule_sha256")
+    }
 
 
 def side_by_side(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -372,7 +372,7 @@ def density_row(row: DensityRow) -> str:
         f"{row.asked:.1%}",
         f"{row.density:.1%}",
         f"{row.degradation_pct:+.2f}%{error}",
-        f"{row.kl_nats:.4f}",
+        f"{row.kl:.4f}",
         f"{row.same_top1:.1%}",
         f"{row.layer_types.count('S')} of {len(row.layer_types)}",
         f"{row.speedup:.2f}x",

@@ -51,7 +51,9 @@ def plain(value: Any) -> Any:
 
 def tied(text: str) -> str:
     """A sentence whose numbers keep their "±" and "%" on their line."""
-    return text.replace(" ±", "\u00a0±").replace("± ", "±\u00a0").replace(" %", "\u00a0%")
+    for loose in (" ±", "± ", " %", "n = "):
+        text = text.replace(loose, loose.replace(" ", "\u00a0"))
+    return text
 
 
 def headline(report: Mapping[str, Any]) -> str:
@@ -64,7 +66,7 @@ def headline(report: Mapping[str, Any]) -> str:
     cost = plots.of_error(quality["degradation_pct"], quality["error_pct"], 1)
     here = f"this {report['device']['platform'].upper()}"
     speed = " and ".join(filter(None, [_prefill_speed(report), _decoding_speed(report)]))
-    kept = f"Keeping {report['density']:.0%} of the attention"
+    kept = f"Keeping {plots.share(report['density'], 0)} of the attention"
     return f"{kept} costs this model {cost} % perplexity on this text; {speed} on {here}."
 
 
@@ -72,17 +74,27 @@ def _prefill_speed(report: Mapping[str, Any]) -> str:
     rows = [row for row in report["sweep"] if not row["skipped"]]
     longest = max(rows, key=lambda row: row["length"], default=None)
     if longest and longest["length"] > report["config"]["seq_len"]:
-        return f"it reads {longest['length']:,} tokens {longest['speedup']:.2f}x as fast"
-    return f"it reads {report['config']['seq_len']:,} tokens {report['speedup']:.2f}x as fast"
+        return f"it reads {longest['length']:,} tokens {_as_fast(longest)}"
+    return (
+        f"it reads {report['config']['seq_len']:,} tokens {_as_fast(report['timing'] | {'speedup': report['speedup']})}"
+    )
 
 
 def _decoding_speed(report: Mapping[str, Any]) -> str:
     rows = [row for row in report["decode_depths"] if not row["skipped"]]
     if deepest := max(rows, key=lambda row: row["depth"], default=None):
-        return f"decodes {deepest['speedup']:.2f}x as fast after {deepest['depth']:,}"
+        return f"decodes {_as_fast(deepest)} after {deepest['depth']:,}"
     if decode := report["decode"]:
-        return f"decodes {decode['speedup']:.2f}x as fast after {decode['depth']:,}"
+        times = {f"{arm}_ms": decode[arm]["ms_per_token"] for arm in ("dense", "sparse")}
+        return f"decodes {_as_fast(times | {'speedup': decode['speedup']})} after {decode['depth']:,}"
     return ""
+
+
+def _as_fast(row: Mapping[str, Any]) -> str:
+    """A speedup, and whether the arms' runs reach into one another."""
+    dense, sparse = row["dense_ms"], row["sparse_ms"]
+    noise = " (within the noise)" if max(min(dense), min(sparse)) <= min(max(dense), max(sparse)) else ""
+    return f"{row['speedup']:.2f}x as fast{noise}"
 
 
 def verdict(report: Mapping[str, Any]) -> str:
@@ -112,17 +124,17 @@ def card(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Device", f"{device['count']} {device['platform'].upper()} device(s), {kind}"
     yield "Computed in", f"{config['dtype']}, attention by {report['kernel']}"
     yield "Schedule", f"{config['scheduler']}: {report['layer_types']} (SHA-256 {report['schedule_sha256'][:12]}…)"
-    budget = f"Top-K {config['top_k']}" if config["density"] is None else f"density {config['density']:.0%}"
+    budget = f"Top-K {config['top_k']}" if config["density"] is None else f"density {plots.share(config['density'], 0)}"
     tiles = f"tiles of {config['tile_size']} tokens, query tiles of {config['query_tile']}"
     yield "Selection", f"{tiles}, {budget}, {config['sink_tiles']} sink and {config['local_tiles']} local tiles"
     yield "Versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     yield "Commit", report["git_commit"] or "not from a repository"
-    yield "Date", report["date"]
+    yield "Date", report["date"].replace("T", " ").replace("+00:00", " UTC")
 
 
-def command(report: Mapping[str, Any]) -> str:
-    """What to type to do it again."""
-    return shlex.join(["python", "benchmark_kascade_final.py", *report["command"]])
+def command(report: Mapping[str, Any]) -> list[str]:
+    """What to type to do it again, word by word."""
+    return ["python", "benchmark_kascade_final.py", *map(shlex.quote, report["command"])]
 
 
 def shown(value: Any) -> str:
@@ -153,5 +165,5 @@ def limits(report: Mapping[str, Any]) -> Iterator[str]:
         yield "Some depths lie beyond the model's context: only their times mean something."
     if report["decode_depths"]:
         yield "Decoding times by depth use caches of random keys: they are times, and say nothing of quality."
-    if not report.get("tasks"):
+    if not report["tasks"]:
         yield "No tasks were run."

@@ -11,7 +11,7 @@ import io
 import re
 import statistics
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -23,9 +23,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch
+from matplotlib.path import Path as Curve
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from report.results import SUCCESS_PCT, from_ranges, pareto_front
+from report.results import PROMPT, QUESTION, SUCCESS_PCT, from_ranges, pareto_front
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; arms differ in shape as well.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
@@ -39,7 +40,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.image_inline": True,
     "font.family": "sans-serif",
-    "font.size": 10,
+    "font.size": 11,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
@@ -52,7 +53,8 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
     "legend.frameon": False,
-    "legend.fontsize": 10,
+    "legend.fontsize": 11,
+    "legend.borderaxespad": 0.2,
     "legend.handlelength": 1.4,
 }
 
@@ -109,6 +111,7 @@ def inline(svg: str, name: str, title: str) -> str:
     )
     svg = re.sub(r"(-?\d+\.\d\d)\d+", r"\1", svg)  # hundredths of a unit are enough
     svg = re.sub(r"font: (?:[\w.]+ )?([\d.]+)px [^;\"]+", r"font-size: \1px", svg)
+    svg = re.sub(r" ?font-family: [^;\"]+;?", "", svg)  # the page's
     return re.sub(r"\n\s*", "\n", svg)
 
 
@@ -128,6 +131,11 @@ def signed(value: float | None, digits: int = 2) -> str:
 def of_error(value: float, error: float | None, digits: int = 2) -> str:
     """A signed value with its error."""
     return signed(value, digits) + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def share(value: float, digits: int = 1) -> str:
+    """A share as percent."""
+    return f"{100 * value:.{digits}f} %"
 
 
 def milliseconds(value: float) -> str:
@@ -215,7 +223,7 @@ def divergence_tail(report: Mapping[str, Any]) -> Plot:
     caption = (
         "How far the sparse model's prediction of the next token lies from the dense one's (Kullback-Leibler divergence, "
         "nats, logarithmic). The left end is the ordinary token, the right end the worst: a curve that climbs steeply "
-        f"means few tokens carry the damage. The likeliest token is the same for {quality['same_top1']:.1%} of "
+        f"means few tokens carry the damage. The likeliest token is the same for {share(quality['same_top1'])} of "
         f"n = {quality['tokens']:,} tokens."
     )
     rows = [[label, f"{value:.5f}"] for label, (_, value) in zip(labels, points)] + [["mean", f"{kl['mean']:.5f}"]]
@@ -233,24 +241,22 @@ def layers(report: Mapping[str, Any]) -> Plot:
     counts = {mode: sum(layer["mode"] == mode for layer in schedule) for mode in MODES}
 
     def paint(figure: Figure) -> None:
-        strip, bars = figure.subplots(2, 1, sharex=True, height_ratios=[1.0, 1.3])
+        strip, bars = figure.subplots(2, 1, sharex=True, height_ratios=[0.75, 1.3])
         strip.set_axis_off()
         farthest = max([1, *(i - layer["anchor"] for i, layer in enumerate(schedule) if layer["anchor"] is not None)])
         for i, layer in enumerate(schedule):
             strip.bar(i, 0.4, 0.86, color=MODES[layer["mode"]])
-            if layer["anchor"] is not None:
-                # Bent so that its height follows how far it reaches.
-                bend = -0.3 - 0.25 * (i - layer["anchor"]) / farthest
-                style = dict(arrowstyle="-|>", mutation_scale=6, lw=0.9, color=INK, shrinkA=1, shrinkB=1)
-                ends = (i, 0.42), (layer["anchor"], 0.42)
-                strip.add_patch(FancyArrowPatch(*ends, connectionstyle=f"arc3,rad={-bend}", **style))
-        strip.set_ylim(0, 1.7)
+            if (anchor := layer["anchor"]) is not None:
+                top = 0.8 + 1.4 * (i - anchor) / farthest  # higher the farther it reaches
+                curve = Curve([(i, 0.44), (i, top), (anchor, top), (anchor, 0.44)], [1, 4, 4, 4])
+                strip.add_patch(FancyArrowPatch(path=curve, arrowstyle="-|>", mutation_scale=6, lw=0.9, color=INK))
+        strip.set_ylim(0, 1.85)
         bars.bar(
             range(count), [layer["density"] for layer in schedule], 0.86, color=[MODES[x["mode"]] for x in schedule]
         )
         bars.axhline(report["density"], color=INK, lw=1, ls="--")
         bars.set(xlabel="layer", ylabel="density", ylim=(0, 1.05), xlim=(-0.8, count - 0.2))
-        bars.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        bars.yaxis.set_major_formatter(FuncFormatter(lambda value, _: share(value, 0)))
         bars.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         bars.grid(axis="x", visible=False)
         handles = [Patch(color=colour, label=f"{counts[mode]} {mode.lower()}") for mode, colour in MODES.items()]
@@ -260,11 +266,11 @@ def layers(report: Mapping[str, Any]) -> Plot:
     caption = (
         "Top: the model's layers from first to last. A dense layer attends to everything. An anchor layer scores all key "
         "tiles and keeps the best. A reuse layer scores nothing: its arrow leads to the anchor whose tiles it takes. "
-        f"Bottom: the share of the causal pairs of tiles that each layer attends to; {report['density']:.1%} is the mean "
+        f"Bottom: the share of the causal pairs of tiles that each layer attends to; {share(report['density'])} is the mean "
         f"of all {count}. Longer arrows, and more yellow, mean less work."
     )
     rows = [
-        [str(i), x["mode"].lower(), "" if x["anchor"] is None else str(x["anchor"]), f"{x['density']:.1%}", x["reason"]]
+        [str(i), x["mode"].lower(), "" if x["anchor"] is None else str(x["anchor"]), share(x["density"]), x["reason"]]
         for i, x in enumerate(schedule)
     ]
     title = "What each layer does"
@@ -282,7 +288,8 @@ def similarity(report: Mapping[str, Any]) -> Plot:
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        image = axes.imshow(earlier, cmap="cividis", vmin=0, vmax=1, interpolation="none")
+        low, high = np.floor(10 * np.nanmin(earlier)) / 10, np.ceil(10 * np.nanmax(earlier)) / 10
+        image = axes.imshow(earlier, cmap="cividis", vmin=low, vmax=max(high, low + 0.1), interpolation="none")
         axes.plot(
             [a for _, a in pairs], [i for i, _ in pairs], "o", mfc="none", mec=ORANGE, mew=1.6, ms=max(3, 150 / count)
         )
@@ -331,6 +338,7 @@ def tile_map(report: Mapping[str, Any], found: Mapping[str, Any]) -> Plot:
 
     def paint(figure: Figure) -> None:
         axes, side = figure.subplots(1, 2, sharey=True, width_ratios=[3.2, 1])
+        figure.get_layout_engine().set(wspace=0.06)  # the last tick of one and the first of the other keep apart
         axes.imshow(
             np.array([to_rgba(colour) for colour in colours])[grid],
             interpolation="none",
@@ -368,11 +376,11 @@ def tile_map(report: Mapping[str, Any], found: Mapping[str, Any]) -> Plot:
         f"Layer {found['layer']}, {does}; KV head {found['head']}, first test window. Each row is a query tile of "
         f"{query_size} tokens{sample}, each column a key tile of {size} tokens. Coloured squares are attended to, grey ones are "
         "dropped. The curve is the share of the dense model's attention mass that the coloured squares hold: "
-        f"{statistics.mean(kept):.0%} on average, {min(kept):.0%} at least. Columns that go through mean tiles that every "
+        f"{share(statistics.mean(kept), 0)} on average, {share(min(kept), 0)} at least. Columns that go through mean tiles that every "
         "later token looks back to."
     )
     rows = [
-        [str(query), f"{share:.1%}", ranges] for query, share, ranges in zip(found["query_tiles"], kept, found["tiles"])
+        [str(query), share(mass), ranges] for query, mass, ranges in zip(found["query_tiles"], kept, found["tiles"])
     ]
     name, title = f"tiles-{found['layer']}", f"What layer {found['layer']} looks at"
     return Plot(
@@ -439,38 +447,64 @@ def decode_time(report: Mapping[str, Any]) -> Plot:
 
 
 def by_length(
-    name: str, title: str, measured: Sequence[Mapping[str, Any]], key: str, between: Any, what: str, arms: Sequence[str]
+    name: str,
+    title: str,
+    measured: Sequence[Mapping[str, Any]],
+    key: str,
+    between: Any,
+    what: str,
+    unit: str,
+    arms: Sequence[str],
 ) -> Plot:
     """Both arms' times over lengths or depths, and where sparse begins to be faster."""
-    lengths = [row[key] for row in measured]
+    lengths = np.array([row[key] for row in measured])
+    apart = max(np.ptp(np.log2(lengths)), 1) / 70  # octaves between the arms' points, which would hide each other
 
     def times(arm: str) -> list[Sequence[float]]:
         return [row[f"{arm.replace(' ', '_')}_ms"] for row in measured]
 
+    medians = [statistics.median(samples_) for arm in arms for samples_ in times(arm)]
+
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        for arm in arms:
+        for place, arm in enumerate(arms):
             colour, marker = ARMS[arm]
-            middles = [statistics.median(values) for values in times(arm)]
-            axes.plot(lengths, middles, f"-{marker}", color=colour, label=arm, lw=1.8, ms=6)
-            axes.vlines(lengths, list(map(min, times(arm))), list(map(max, times(arm))), color=colour, lw=1.2)
-        if between and between[1]:
-            axes.axvspan(between[0] or min(lengths), between[1], color=GREEN, alpha=0.15, lw=0, label="break-even")
+            shifted = lengths * 2 ** (apart * (place - (len(arms) - 1) / 2))
+            axes.plot(shifted, list(map(statistics.median, times(arm))), "-", color=colour, lw=1.8)
+            axes.plot([], [], f"-{marker}", color=colour, label=arm, lw=1.8, ms=6)
+            for x, samples_ in zip(shifted, times(arm)):
+                axes.plot([x] * len(samples_), samples_, marker, color=colour, ms=5, alpha=0.6, mew=0)
+        if between and None not in between:
+            axes.axvspan(*between, color=INK, alpha=0.08, lw=0, label="break-even")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        ticks = apart_enough(lengths)
+        axes.set_xticks(ticks, [f"{length:,}" for length in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(0)
-        axes.set(xlabel=f"{what}, logarithmic", ylabel="milliseconds")
+        if max(medians) > 30 * min(medians):
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_ylim(0)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.set(xlabel=f"{what} (logarithmic)", ylabel=f"milliseconds a {unit}")
         figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
 
     runs = len(measured[0]["dense_ms"])
-    caption = f"Median time by {what}; the strokes reach from the least to the most of n = {runs} runs. {_break_even(between)}"
+    caption = (
+        f"Each point is one run (n = {runs} of each arm at each {key}), the lines go through the medians; lower is faster. "
+        f"{_break_even(between, key)}"
+    )
+    if "keep all" in arms:
+        caption += (
+            " Keep all is the sparse program that keeps every tile: what it takes longer than dense is the price of the "
+            "bookkeeping. The caches hold random keys, so that only times are meant."
+        )
     rows = [
         [
             f"{row[key]:,}",
             *(milliseconds(statistics.median(times(arm)[i])) for arm in arms),
             f"{row['speedup']:.2f}x",
-            f"{row['density']:.1%}",
+            share(row["density"]),
         ]
         for i, row in enumerate(measured)
     ]
@@ -478,15 +512,22 @@ def by_length(
     return Plot(name, title, draw(name, title, 2.8, paint), caption, columns, rows)
 
 
-def _break_even(between: Any) -> str:
-    if not between:
-        return "No length was measured."
+def apart_enough(lengths: Sequence[int]) -> list[int]:
+    """Those of the ascending lengths whose labels have room beside each other on a logarithmic axis."""
+    room, ticks = np.log2(lengths[-1] / lengths[0]) / 5, [int(lengths[-1])]
+    for length in reversed(lengths[:-1]):
+        if np.log2(ticks[-1] / length) >= room:
+            ticks.append(int(length))
+    return ticks[::-1]
+
+
+def _break_even(between: Any, key: str) -> str:
     slower, faster = between
     if faster is None:
-        return f"Sparse is not faster even at {slower:,} tokens."
+        return f"By the medians sparse is not faster even at {slower:,} tokens."
     if slower is None:
-        return f"Sparse is faster at every length, from {faster:,} tokens on."
-    return f"Sparse begins to be faster between {slower:,} and {faster:,} tokens (the band)."
+        return f"By the medians sparse is faster at every {key}, from {faster:,} tokens on."
+    return f"By the medians sparse begins to be faster between {slower:,} and {faster:,} tokens (the band)."
 
 
 def attention_alone(report: Mapping[str, Any]) -> Plot:
@@ -515,93 +556,146 @@ def attention_alone(report: Mapping[str, Any]) -> Plot:
 
 
 def trade_off(report: Mapping[str, Any]) -> Plot:
-    """Degradation against density and against speedup."""
-    rows = report["densities"]
+    """Degradation against density and against speedup, of every schedule at a density and the run's own."""
+    own = {name: report[name] for name in ("density", "degradation_pct", "speedup")} | {"name": "this run"}
+    own |= {"error_pct": report["quality"]["error_pct"], "kl": report["quality"]["kl"]["mean"]}
+    rows = [*(row | {"name": f"{100 * row['asked']:g} %"} for row in report["densities"]), own]
+    rows = [row for row in rows if row["degradation_pct"] is not None]  # it was beyond numbers
     losses = [row["degradation_pct"] for row in rows]
-    errors = [row["error_pct"] or 0 for row in rows]
-
-    def panel(axes: Axes, values: Sequence[float], costs: Sequence[float], label: str) -> None:
-        front = pareto_front(costs, losses)
-        axes.errorbar(values, losses, errors, fmt="none", ecolor=BLUE, elinewidth=1.2)
-        axes.plot([values[i] for i in front], [losses[i] for i in front], "-", color=GREEN, lw=2)
-        axes.plot(values, losses, "o", color=BLUE, ms=6)
-        axes.plot([values[i] for i in front], [losses[i] for i in front], "o", color=GREEN, ms=8)
-        axes.axhline(SUCCESS_PCT, color=INK, lw=1, ls=":")
-        axes.set(xlabel=label)
+    spread_out = max(map(abs, losses), default=0) > 10 * SUCCESS_PCT  # a linear axis would show the largest alone
 
     def paint(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
-        densities, speedups = ([row[name] for row in rows] for name in ("density", "speedup"))
-        panel(left, [100 * value for value in densities], densities, "density, %")
-        panel(right, speedups, [-value for value in speedups], "speedup, x")
+        _against(left, rows, [100 * row["density"] for row in rows], 1, "density, %")
+        _against(right, rows, [row["speedup"] for row in rows], -1, "speedup, x")
         right.axvline(1, color=INK, lw=1)
         left.set_ylabel("change of perplexity, %")
+        if spread_out:
+            left.set_yscale("symlog", linthresh=SUCCESS_PCT)
+            left.set_yticks(*steps_of(losses))
+            left.yaxis.set_minor_locator(NullLocator())
+            left.set_ylim(2 * min(*losses, -SUCCESS_PCT / 4), 2 * max(losses))
+        _label(left, rows, [100 * row["density"] for row in rows], (7, 4))  # clear of the front's line
+        _label(right, rows, [row["speedup"] for row in rows], (7, -11))
         handles = [
-            Line2D([], [], color=BLUE, marker="o", ls="", label="a schedule"),
-            Line2D([], [], color=GREEN, marker="o", ms=8, label="none is better in both"),
+            Line2D([], [], color=GREEN, marker="D", ms=7, lw=1.5, label="none beats it in both"),
+            Line2D([], [], color=BLUE, marker="o", ls="", label="another does"),
             Line2D([], [], color=INK, lw=1, ls=":", label=f"{SUCCESS_PCT:g} %"),
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, columnspacing=1.2)
 
+    scale = f"; logarithmic beyond ±{SUCCESS_PCT:g} %" if spread_out else ""
     caption = (
-        f"Each point is a schedule of its own ({len(rows)} densities): what it costs in perplexity (up is worse, strokes are ± "
-        "one standard error) against the share of attention that it keeps (left panel; left is sparser) and against how "
-        f"fast it is (right panel; right is faster). Green points are the ones worth choosing from (the Pareto front). "
-        f"Forwards of {report['config']['seq_len']:,} tokens, n = {len(rows[0]['dense_ms'])} runs each."
+        "Each point is a schedule, with the density that was asked for its sparse layers beside it (where there is room), or "
+        "this run's own "
+        f"(n = {len(rows)}): what it costs in perplexity (lower is better; strokes are ± one standard error{scale}) against "
+        "the share of attention that all layers keep (left panel; left is sparser), and against the speedup of a forward of "
+        f"{report['config']['seq_len']:,} tokens (right panel; right of the line at 1 is faster than dense; medians of "
+        f"{report['config']['n_runs']} runs). Green diamonds are the ones worth choosing from (the Pareto front): no other "
+        "is better in both."
     )
     table = [
         [
-            f"{r['asked']:.0%}",
-            f"{r['density']:.1%}",
-            of_error(r["degradation_pct"], r["error_pct"]),
-            f"{r['kl_nats']:.4f}",
-            f"{r['speedup']:.2f}x",
+            row["name"],
+            share(row["density"]),
+            of_error(row["degradation_pct"], row["error_pct"]),
+            f"{row['kl']:.4f}",
+            f"{row['speedup']:.2f}x",
         ]
-        for r in rows
+        for row in rows
     ]
     title = "Trade-off between density, quality and time"
     columns = ("asked", "density", "change of perplexity, %", "KL, nats", "speedup")
-    return Plot("trade-off", title, draw("trade-off", title, 2.9, paint), caption, columns, table)
+    return Plot("trade-off", title, draw("trade-off", title, 3.3, paint), caption, columns, table)
+
+
+def _against(axes: Axes, rows: Sequence[Mapping[str, Any]], values: Sequence[float], better: int, label: str) -> None:
+    """Degradations against something that is better where it is low (1) or high (-1), with the Pareto front."""
+    losses = [row["degradation_pct"] for row in rows]
+    front = pareto_front([better * value for value in values], losses)
+    axes.axhline(SUCCESS_PCT, color=INK, lw=1, ls=":")
+    axes.errorbar(values, losses, [row["error_pct"] or 0 for row in rows], fmt="none", ecolor=BLUE, elinewidth=1.2)
+    axes.plot(values, losses, "o", color=BLUE, ms=6)
+    axes.plot([values[i] for i in front], [losses[i] for i in front], "-D", color=GREEN, lw=1.5, ms=7)
+    shown = [*values, 1] if better < 0 else values  # a speedup of 1 is dense's
+    span = max(shown, default=1) - min(shown, default=0) or 1
+    axes.set_xlim(min(shown, default=0) - 0.12 * span, max(shown, default=1) + 0.4 * span)
+    axes.set_xlabel(label)
+    axes.margins(y=0.14)
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+
+
+def _label(axes: Axes, rows: Sequence[Mapping[str, Any]], values: Sequence[float], offset: tuple[int, int]) -> None:
+    """Names beside the points, from the last on; one that would touch another's is left out."""
+    in_axes, placed = axes.transScale + axes.transLimits, []
+    for value, row in list(zip(values, rows))[::-1]:
+        point = value, row["degradation_pct"]
+        x, y = in_axes.transform(point)
+        if all(abs(x - a) > 0.26 or abs(y - b) > 0.065 for a, b in placed):
+            axes.annotate(row["name"], point, offset, textcoords="offset points", fontsize=9.5)
+            placed.append((x, y))
+
+
+def steps_of(values: Sequence[float]) -> tuple[list[float], list[str]]:
+    """Ticks of a logarithmic axis of either sign that holds the values: 0, and 1, 2 and 5 times powers of ten."""
+    steps = [factor * 10.0**power for power in range(0, 9) for factor in (2, 5, 10)]
+    above = [step for step in steps if step <= max(values)]
+    below = [-step for step in steps if step <= -min(values)]
+    ticks = sorted([0.0, *below[:: -len(below) // 5 or -1], *above[:: -len(above) // 5 or -1]])
+    return ticks, [f"{tick:,g}" for tick in ticks]
 
 
 def tasks(report: Mapping[str, Any]) -> Plot:
-    """Both arms' scores on each task."""
+    """The arms' scores on each task in each set-up."""
     found = report["tasks"]
-    names = [f"{task['task']}, {task['length']:,}" for task in found]
+    arms = {"dense": (BLUE, "o"), "oracle": (GREEN, "^"), "sparse": (ORANGE, "s")}
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        for arm, shift in (("dense", -0.14), ("sparse", 0.14)):
-            colour, marker = ARMS[arm]
+        for shift, (arm, (colour, marker)) in zip((-0.24, 0, 0.24), arms.items()):
             places = np.arange(len(found)) + shift
             for place, task in zip(places, found):
-                if task[f"{arm}_ci"]:
-                    axes.plot(task[f"{arm}_ci"], [place] * 2, color=colour, lw=1.6)
+                axes.plot(task[f"{arm}_ci"], [place] * 2, color=colour, lw=1.6)
             axes.plot([task[arm] for task in found], places, marker, color=colour, ms=7, label=arm)
-        axes.set_yticks(range(len(found)), ["\n".join(wrap(name, 22)) for name in names])
+        for place, task in enumerate(found):
+            axes.plot([task["chance"]] * 2, [place - 0.4, place + 0.4], color=INK, lw=1, ls=":")
+        axes.plot([], [], color=INK, lw=1, ls=":", label="guessing")
+        axes.set_yticks(
+            range(len(found)), ["\n".join([*wrap(task["task"], 20), f"({task['setup']})"]) for task in found]
+        )
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.set(xlim=(-0.03, 1.03), xlabel="share of right answers (right is better)")
-        figure.legend(loc="outside upper left", ncols=2)
+        axes.grid(axis="y", visible=False)
+        figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
 
+    tells = sum(task["discriminative"] for task in found)
     caption = (
-        "Share of right answers on tasks that need facts from far back in the prompt (name, tokens of the prompt); the "
-        "strokes are 95 % intervals. Where they overlap widely, the tasks cannot tell the two apart; a task on which even "
-        "the dense model guesses says nothing about sparsity."
+        "Share of right answers to questions whose answer stands far back in the prompt, with 95 % intervals (Wilson). In "
+        f'"{PROMPT}" all of the prompt is read sparsely, in "{QUESTION}" only the question and the answer. The oracle is as '
+        "sparse, but every layer chooses its own tiles: what it loses is the price of dropping, what sparse loses beyond it "
+        "that of reusing another layer's choice. Where intervals overlap widely, the task cannot tell the arms apart, and "
+        "where dense is no better than guessing (dotted) it says nothing about sparsity: "
+        f"{tells} of these {len(found)} rows can tell. n = {_from_to(task['n'] for task in found)} questions, prompts of "
+        f"{_from_to(task['length'] for task in found)} tokens."
     )
     rows = [
         [
-            name,
+            f"{task['task']} ({task['setup']})",
             str(task["n"]),
-            _share(task["dense"], task["dense_ci"]),
-            _share(task["sparse"], task["sparse_ci"]),
+            *(_interval(task[arm], task[f"{arm}_ci"]) for arm in arms),
             "" if task["p_value"] is None else f"{task['p_value']:.3f}",
             "yes" if task["discriminative"] else "no",
         ]
-        for name, task in zip(names, found)
+        for task in found
     ]
-    columns = ("task, tokens", "n", "dense", "sparse", "p of the difference", "tells apart")
-    title = "Tasks"
-    return Plot("tasks", title, draw("tasks", title, 1.2 + 0.42 * len(found), paint), caption, columns, rows)
+    columns = ("task", "n", *arms, "p (McNemar)", "can tell")
+    title = "Right answers to retrieval tasks"
+    return Plot("tasks", title, draw("tasks", title, 1.2 + 0.62 * len(found), paint), caption, columns, rows)
+
+
+def _from_to(values: Iterable[int]) -> str:
+    least, most = min(values := list(values)), max(values)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def wrap(text: str, width: int) -> list[str]:
@@ -609,8 +703,8 @@ def wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width) or [""]
 
 
-def _share(value: float, interval: Sequence[float] | None) -> str:
-    return f"{value:.0%}" + (f" [{interval[0]:.0%}, {interval[1]:.0%}]" if interval else "")
+def _interval(value: float, interval: Sequence[float]) -> str:
+    return f"{100 * value:.0f} % [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
 
 
 # --- All of them ---
@@ -621,7 +715,7 @@ def sections(report: Mapping[str, Any]) -> Iterator[tuple[str, list[Plot]]]:
     overflow = report["quality"]["degradation_pct"] is None  # the perplexity was beyond what a number can hold
     yield "Quality", [*([] if overflow else [change_by_window(report)]), divergence_tail(report)]
     yield "Layers", [layers(report)]
-    if report["similarity"]:
+    if len(report["similarity"] or ()) > 1:
         yield "Similarity of layers", [similarity(report)]
     if report["tile_maps"]:
         yield "Tiles", [tile_map(report, found) for found in report["tile_maps"]]
@@ -629,7 +723,7 @@ def sections(report: Mapping[str, Any]) -> Iterator[tuple[str, list[Plot]]]:
     yield "Attention alone", [attention_alone(report)]
     if report["densities"]:
         yield "Trade-off", [trade_off(report)]
-    if report.get("tasks"):
+    if report["tasks"]:
         yield "Tasks", [tasks(report)]
 
 
@@ -638,9 +732,13 @@ def _times(report: Mapping[str, Any]) -> Iterator[Plot]:
     sweep, depths = ([row for row in report[name] if not row["skipped"]] for name in ("sweep", "decode_depths"))
     if sweep:
         title = "Time of a forward by length"
-        yield by_length("sweep", title, sweep, "length", report["sweep_break_even"], "tokens", ("dense", "sparse"))
+        yield by_length(
+            "sweep", title, sweep, "length", report["sweep_break_even"], "tokens", "forward", ("dense", "sparse")
+        )
     if report["decode"]:
         yield decode_time(report)
     if depths:
         title, arms = "Time of a decoded token by depth", ("dense", "keep all", "sparse")
-        yield by_length("depths", title, depths, "depth", report["decode_break_even"], "tokens in the cache", arms)
+        yield by_length(
+            "depths", title, depths, "depth", report["decode_break_even"], "tokens in the cache", "token", arms
+        )

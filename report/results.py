@@ -455,7 +455,7 @@ class DensityRow:
       asked: the density of the sparse layers that was asked for.
       density: counted, the mean over all layers.
       delta_log_ppl: nats; `error_pct` is one standard error of the degradation, percentage points.
-      kl_nats: mean divergence from dense, a token.
+      kl: mean divergence from dense, a token.
       same_top1: share of the tokens.
       schedule_sha256: `schedule_sha256` of its layers.
     """
@@ -466,7 +466,7 @@ class DensityRow:
     degradation_pct: float
     error_pct: float | None
     delta_log_ppl: float
-    kl_nats: float
+    kl: float
     same_top1: float
     dense_ms: Sequence[float]
     sparse_ms: Sequence[float]
@@ -909,13 +909,14 @@ def read_report(path: Path) -> dict[str, Any]:
         raise InputError(f"report {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"report {path} is not JSON ({type(error).__name__})") from error
-    if not isinstance(report, dict) or "format_version" not in report or "degradation_pct" not in report:
-        raise InputError(f"{path} is no report of this program: give a file that the benchmark wrote with --json")
-    if report["format_version"] != FORMAT_VERSION:
+    is_ours = isinstance(report, dict) and "format_version" in report and "degradation_pct" in report
+    if is_ours and report["format_version"] != FORMAT_VERSION:  # earlier versions named no program
         raise InputError(
             f"report {path} has format version {quote(report['format_version'])}, and this program reads version "
             f"{FORMAT_VERSION}: measure it anew"
         )
+    if not is_ours or report.get("program") != PROGRAM:
+        raise InputError(f"{path} is no report of this program: give a file that the benchmark wrote with --json")
     return report
 
 

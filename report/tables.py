@@ -124,11 +124,11 @@ def _attention(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _tasks(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for task in report.get("tasks") or ():
-        for arm, density in (("dense", 1.0), ("sparse", report["density"])):
-            low, high = task[f"{arm}_ci"] or (None, None)
+    for task in report["tasks"]:
+        for arm, density in (("dense", 1.0), ("oracle", None), ("sparse", task["density"])):
+            low, high = task[f"{arm}_ci"]
             score = {"score": task[arm], "score_low": low, "score_high": high, "n": task["n"], "density": density}
-            yield {"test": f"task {task['task']}", "tokens": task["length"], "arm": arm} | score
+            yield {"test": f"task {task['task']} ({task['setup']})", "tokens": task["length"], "arm": arm} | score
 
 
 def check_csv(path: Path) -> None:
@@ -208,7 +208,7 @@ class ResultsFile:
                 self.rows, found = list(reader), tuple(reader.fieldnames or ())
         except (OSError, ValueError, csv.Error) as error:
             raise InputError(f"{path} cannot be read as CSV ({error}); give another file") from error
-        if found and found != self.columns:
+        if found != self.columns and path.stat().st_size:  # a blank first line names no column
             raise InputError(f"{path}: expected the columns {', '.join(self.columns)}, got {quote(list(found))}")
 
     def has(self, **key: Any) -> bool:

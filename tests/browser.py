@@ -19,6 +19,20 @@ if (document.documentElement.scrollWidth > innerWidth) wide.push('the page scrol
 return wide; })()"""
 
 
+TEXTS = """(() => { const faults = [];
+for (const svg of document.querySelectorAll('svg')) { const outer = svg.getBoundingClientRect();
+  const texts = [...svg.querySelectorAll('text')].filter(text => text.textContent.trim());
+  const boxes = texts.map(text => text.getBoundingClientRect());
+  boxes.forEach((a, i) => { const name = svg.ariaLabel + ': ' + texts[i].textContent;
+    const size = parseFloat(getComputedStyle(texts[i]).fontSize) * outer.width / svg.viewBox.baseVal.width;
+    if (size < 9) faults.push(name + ' is ' + size + ' pixels');
+    if (a.left < outer.left - 1 || a.right > outer.right + 1 || a.top < outer.top - 1 || a.bottom > outer.bottom + 1) faults.push(name + ' is cut');
+    boxes.slice(0, i).forEach((b, j) => { // a line's box is higher than its letters
+      if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 5)
+        faults.push(name + ' lies over ' + texts[j].textContent); }); }); }
+return faults; })()"""
+
+
 class Browser:
     """One page of a fresh profile; `events` is everything that Chromium reported of it."""
 
@@ -26,16 +40,14 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(prefix="kascade_chromium_", ignore_cleanup_errors=True)
         from_us, self.to_chromium = os.pipe()
         self.from_chromium, to_us = os.pipe()
-        command = [shutil.which("chromium"), *FLAGS, f"--user-data-dir={self.profile.name}", "about:blank"]
-
-        # Chromium reads from descriptor 3 and writes to 4; Python closes all others in the child.
-        def place():
-            source, target = os.dup(from_us), os.dup(to_us)
-            os.dup2(source, 3)
-            os.dup2(target, 4)
-
+        # Chromium reads from descriptor 3 and writes to 4, which the shell makes of ours.
+        places = f'exec "$0" "$@" 3<&{from_us} 4>&{to_us}'
+        chromium = [shutil.which("chromium"), *FLAGS, f"--user-data-dir={self.profile.name}", "about:blank"]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=place, close_fds=False
+            ["bash", "-c", places, *chromium],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(from_us, to_us),
         )
         os.close(from_us)
         os.close(to_us)
@@ -83,6 +95,14 @@ class Browser:
     def too_wide(self):
         """The elements that reach out of the window, with every table unfolded."""
         return self.evaluate(WIDER)
+
+    def unreadable(self):
+        """The texts of plots that are small, cut, or lie over one another."""
+        return self.evaluate(TEXTS)
+
+    def printed(self):
+        """The page on paper, a PDF."""
+        return base64.b64decode(self.call("Page.printToPDF")["data"])
 
     def requested(self):
         """The addresses that the page asked for."""

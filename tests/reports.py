@@ -10,16 +10,20 @@ from kascade_core import ANCHOR, REUSE, LayerPlan, Selection
 from llama_model import Comparison
 from measure.settings import Settings
 from report.results import (
+    Answers,
     Decoding,
     DensityRow,
     DepthRow,
+    Generated,
     Layer,
     LimitCheck,
+    LongContext,
     Machine,
     Model,
     Quality,
     Results,
     SweepRow,
+    TaskRow,
     TextUsed,
     TileMap,
     Timing,
@@ -90,6 +94,9 @@ def results(**changes):
         texts={"calibration": TextUsed("wiki.txt", 1, 512, "0" * 64), "test": TextUsed("wiki.txt", 4, 65, "1" * 64)},
         similarity=similarity_LL,
         tile_maps=[tile_map(1), tile_map(4)],
+        tasks=tasks(),
+        long_context=LongContext(np.array([2.0, 3.0, 2.5]), np.array([2.1, 3.0, 2.6])),
+        generated=Generated((3, 5, 7), (3, 5, 8)),
         densities=[
             DensityRow(d, 0.08 + 0.92 * d, 20 + math.exp(-8 * d), 9 * math.exp(-8 * d), 0.3, 0.02, 0.01, 0.95, [400.0, 401], [s, s + 9], "FFSS" * 3, "2" * 64)
             for d, s in ((0.1, 300.0), (0.2, 320.0), (0.3, 310.0), (0.5, 380.0))
@@ -98,20 +105,34 @@ def results(**changes):
     return Results(**values | changes)
 
 
-TASKS = [
-    dict(task="key in a haystack", length=1900, n=40, filler="wiki.txt", setup="one key", dense=0.95, sparse=0.8, dense_ci=(0.83, 0.99), sparse_ci=(0.65, 0.9), p_value=0.03, discriminative=True),
-    dict(task="variable tracking", length=1900, n=40, filler="wiki.txt", setup="chains", dense=0.2, sparse=0.18, dense_ci=(0.1, 0.35), sparse_ci=(0.08, 0.33), p_value=None, discriminative=False),
-]  # fmt: skip
+def answers(right, n=40):
+    return Answers(tuple(i < right for i in range(n)), tuple(1 + (i >= right) for i in range(n)))
+
+
+def task(name, setup, dense, oracle, sparse):
+    return TaskRow(name, 1900, "noise", setup, 0.1, 10, 0.2, answers(dense), answers(sparse), answers(oracle))
+
+
+def tasks():
+    """On the second, dense guesses."""
+    return [
+        task("niah_single", "prompt", 38, 36, 30),
+        task("niah_single", "question", 38, 37, 36),
+        task("vt", "prompt", 5, 3, 4),
+        task("vt", "question", 5, 4, 4),
+    ]
 
 
 def report(**changes):
-    """Of `results`, with tasks."""
-    return results(**changes).to_json() | {"tasks": TASKS}
+    """Of `results`."""
+    return results(**changes).to_json()
 
 
 def plain_run():
     """Without all that is optional."""
-    none = dict(sweep=(), depths=(), decoding=None, densities=(), tile_maps=(), similarity=None, limit_check=None)
+    none = dict(
+        sweep=(), depths=(), decoding=None, densities=(), tile_maps=(), similarity=None, limit_check=None, tasks=()
+    )
     return results(**none, quality=Quality(compared(1), [1.0] + [0.3] * 11))
 
 

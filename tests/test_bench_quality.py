@@ -1,6 +1,7 @@
 """bench/quality.py: what it measures is what the model computes, on articles that calibrate or test and never both."""
 
 import bz2
+import dataclasses
 import hashlib
 import re
 import zipfile
@@ -59,7 +60,7 @@ def small(rule, **changes):
 
 @pytest.mark.parametrize(
     "rule",
-    [quality.threshold_rule, quality.search_rule("head", 2)],
+    [pytest.param(quality.threshold_rule, marks=pytest.mark.full), quality.search_rule("head", 2)],
     ids=["threshold", "search"],
 )
 def test_a_window_is_measured_as_the_model_computes_it(rule, bench):
@@ -187,6 +188,8 @@ def test_an_interrupted_run_goes_on_where_it_was(weights, tmp_path, capsys, monk
         return {"density": 0.5, "reuse": 1, "log_perplexity": len(calls) / 100, "kl": 0.25, "agree": 1.0}
 
     monkeypatch.setattr(quality.Bench, "measure", measure)
+    any_rule = [dataclasses.replace(setting, rule=lambda *_: ()) for setting in quality.SETTINGS]
+    monkeypatch.setattr(quality, "SETTINGS", any_rule)
     with pytest.raises(SystemExit):
         run()
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + 3

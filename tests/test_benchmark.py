@@ -128,7 +128,9 @@ def masked(output):
     return re.sub(r" *\d[\d.,]*", " #", output)
 
 
-@pytest.mark.parametrize("name", ["default", "quiet", "verbose", "search", "sweep"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("default", marks=pytest.mark.full), "quiet", "verbose", "search", "sweep"]
+)
 def test_the_console_shows_what_it_showed(run, verbose, searched, name):
     """Digits masked. To write these files anew: KASCADE_WRITE_GOLDEN=1 pytest tests/test_benchmark.py."""
     runs = {
@@ -226,34 +228,34 @@ def settings_of(run):
     return Settings.from_flags(run.flags)
 
 
+SIZES = {"every": EVERY_SIZE, "share": SHARE}
+EVERY_OR_SHARE = ["every", pytest.param("share", marks=pytest.mark.full)]
+
+
 @pytest.fixture(scope="module")
 def by_sizes(run):
-    """Runs with other sizes, every flag of `Selection` among them."""
-    return {
-        "every": (
-            run(*flags_of(EVERY_SIZE), "--seq_len", "57", *SMALL[6:], "--threshold", "0.3"),
-            EVERY_SIZE,
-        ),
-        "share": (run(*flags_of(SHARE), "--seq_len", "57", *SMALL[6:], "--threshold", "0.3"), SHARE),
-    }
+    """by_sizes(name): a run with other sizes, every flag of `Selection` but `density` among those of "every"."""
+    return lambda name: run(*flags_of(SIZES[name]), "--seq_len", "57", *SMALL[6:], "--threshold", "0.3")
 
 
 @pytest.fixture(scope="module")
 def choose(folder, model, by_sizes):
     """choose(selection): what layer 1 of a run of `by_sizes` must choose, from its queries and keys alone."""
     llama, params = model
-    ids = window_of(by_sizes["every"][0], folder)
+    ids = window_of(by_sizes("every"), folder)
     runner = LayerRunner(llama, params, 57, make_mesh(jax.devices()[:1]))
     q_BTNH, k_BKHS = runner.queries_and_keys(1, runner.dense(0, runner.embed(ids)))
-    return lambda selection: np.asarray(
-        jax.jit(lambda q, k: attention.choose(q, k, selection=selection))(q_BTNH, k_BKHS)
-    )
+
+    @functools.cache
+    def choose(selection):
+        return np.asarray(jax.jit(functools.partial(attention.choose, selection=selection))(q_BTNH, k_BKHS))
+
+    return choose
 
 
-@pytest.mark.parametrize("name", ["every", "share"])
+@pytest.mark.parametrize("name", EVERY_OR_SHARE)
 def test_a_run_chooses_and_counts_as_its_selection_does(by_sizes, choose, name):
-    ran, sizes = by_sizes[name]
-    chosen = choose(Selection(**sizes))
+    ran, chosen = by_sizes(name), choose(Selection(**SIZES[name]))
     np.testing.assert_array_equal(ran.tiles[1], chosen)
     assert ran.report["schedule"][1]["density"] == pytest.approx(density_of(chosen))
 
@@ -266,10 +268,9 @@ def test_each_field_of_the_selection_changes_what_is_chosen(choose, field):
     assert chosen.shape != other.shape or (np.sort(chosen) != np.sort(other)).any()
 
 
-def test_the_default_sink_is_kept_by_a_run_without_the_flag(by_sizes, choose):
-    ran, sizes = by_sizes["share"]
-    assert (ran.tiles[1] == 0).any(-1).all()
-    assert not (choose(Selection(**sizes, sink_tiles=0)) == 0).any(-1).all()
+def test_the_default_sink_is_kept_by_a_run_without_the_flag(verbose, choose):
+    assert (verbose.tiles[1] == 0).any(-1).all()
+    assert not (choose(Selection(4, 3, sink_tiles=0)) == 0).any(-1).all()
 
 
 def test_a_run_is_the_model_with_the_reports_schedule(verbose, folder, model):
@@ -287,10 +288,10 @@ def test_a_run_is_the_model_with_the_reports_schedule(verbose, folder, model):
         assert verbose.report[kind]["perplexity"] == pytest.approx(perplexity, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["verbose", "search", "every", "share", "sweep"])
+@pytest.mark.parametrize("name", ["verbose", "search", *EVERY_OR_SHARE, "sweep"])
 def test_the_reports_config_is_the_settings(run, verbose, searched, by_sizes, folder, name):
-    runs = {"verbose": verbose, "search": searched, "every": by_sizes["every"][0], "share": by_sizes["share"][0]}
-    ran = runs.get(name) or run(*LOW, "--sweep", "20,100")
+    runs = {"verbose": lambda: verbose, "search": lambda: searched, "sweep": lambda: run(*LOW, "--sweep", "20,100")}
+    ran = runs[name]() if name in runs else by_sizes(name)
     config = read_manifest(folder / "weights").config
     expected = dataclasses.replace(settings_of(ran).for_model(config), kernel="xla", calib_windows=1)
     assert ran.report["config"] == json.loads(json.dumps(settings_to_json(expected)))
@@ -320,18 +321,26 @@ def test_the_runs_kernel_and_dtype_are_used_throughout(run, kernel_calls, monkey
     assert "✓ Attention by pallas_tpu (as asked; interpreted on a CPU: correct and slow)" in ran.output
 
 
-def test_auto_measures_the_dtype_and_says_so(run, monkeypatch):
-    monkeypatch.setattr("measure.machine.bfloat16_time", lambda config: 1.5)
-    ran = run(*LOW[:6], *SMALL[8:], "--threshold", "0.3")
+@pytest.fixture(scope="module")
+def auto_on_another_text(run, folder):
+    """Calibrated on a text of its own, with the dtype that is the faster one."""
+    other = folder / "other.txt"
+    other.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 33, 40)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("measure.machine.bfloat16_time", lambda config: 1.5)
+        return run(*LOW[:6], *SMALL[8:], "--threshold", "0.3", "--calib_text", "other.txt")
+
+
+def test_auto_measures_the_dtype_and_says_so(auto_on_another_text):
+    ran = auto_on_another_text
     assert ran.report["config"]["dtype"] == "float32"
     assert "✓ Matrix inputs in float32 (measured here: bfloat16 takes 1.50 of float32's time" in ran.output
 
 
-def test_another_text_calibrates(run, verbose, folder):
+def test_another_text_calibrates(auto_on_another_text, verbose):
     """The test text then begins at its first token."""
-    other = folder / "other.txt"
-    other.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 33, 40)))
-    ran = run(*LOW, "--calib_text", "other.txt")
+    ran = auto_on_another_text
+    assert ran.report["config"]["dtype"] == verbose.report["config"]["dtype"]
     assert "📊 Calibrating on other.txt..." in ran.output
     assert ran.report["dense"]["perplexity"] != verbose.report["dense"]["perplexity"]
 
@@ -345,7 +354,7 @@ def test_a_sweep_times_each_length_with_the_runs_schedule(run):
     assert "warning: 100 tokens are beyond the model's context of 64" in ran.errors
 
 
-@pytest.mark.parametrize("similarity", [[], ["--similarity", "mass"]])
+@pytest.mark.parametrize("similarity", [pytest.param([], marks=pytest.mark.full), ["--similarity", "mass"]])
 def test_the_programmes_anchors_are_as_many_as_asked_for(run, similarity):
     output = run(*SMALL, "--scheduler", "dp", *similarity, "--anchors", "2").output
     assert "📋 Final Schedule: 1 REUSE, 3 ANCHOR/DENSE" in output
@@ -361,8 +370,26 @@ def test_a_searched_schedule_is_saved_and_loaded(run, searched):
     assert loaded.report["sparse"]["perplexity"] == searched.report["sparse"]["perplexity"]
     assert loaded.report["config"]["scheduler"] == "loaded"
     assert (loaded.report["config"]["tile_size"], loaded.report["config"]["top_k"]) == (4, 3)
+
+
+OTHER_LENGTH = "warning: the schedule was made from 30 tokens, and this run has "
+
+
+def test_a_schedule_that_was_made_from_another_length_is_warned_of(searched, folder, files, capsys):
+    """Here by a run that ends at its text."""
+    capsys.readouterr()
+    flags = ["--load_schedule", folder / "schedule.json", "--seq_len", "300", *SMALL[6:], *files]
+    with pytest.raises(SystemExit):
+        benchmark.main([str(flag) for flag in flags])
+    warnings = capsys.readouterr().err.splitlines()
+    assert f"{OTHER_LENGTH}300" in warnings
+    assert "text.txt is too short" in warnings[-1]
+
+
+@pytest.mark.full
+def test_a_loaded_schedule_runs_at_another_length(run, searched):
     other = run("--load_schedule", "schedule.json", "--seq_len", "40", *SMALL[6:])
-    assert "warning: the schedule was made from 30 tokens, and this run has 40" in other.errors
+    assert f"{OTHER_LENGTH}40" in other.errors
 
 
 # --- The kernels of accelerators, interpreted ---
@@ -446,7 +473,7 @@ def test_what_a_run_cannot_do_is_one_sentence(capsys, files, flags, sentence):
     assert sentence in refused(capsys, [*sizes, *files, *flags])
 
 
-@pytest.mark.parametrize("device", ["tpu", "gpu"])
+@pytest.mark.parametrize("device", ["tpu", pytest.param("gpu", marks=pytest.mark.full)])
 def test_a_device_that_is_not_there_in_a_fresh_process(device):
     """Unlike the test above, where JAX is running already."""
     command = [sys.executable, benchmark.__file__, "--quiet", "--device", device]
@@ -473,10 +500,11 @@ def test_a_folder_without_one_of_its_files(capsys, folder, tmp_path, removed, se
     assert sentence in refused(capsys, [*SMALL, "--weights_dir", damaged, "--text", folder / "text.txt"])
 
 
-def test_a_model_worse_than_guessing_writes_no_report(capsys, folder, tmp_path):
+def test_a_model_worse_than_guessing_writes_no_report(capsys, monkeypatch, folder, tmp_path):
+    monkeypatch.setattr(benchmark, "configure_device", lambda device: configure_device(device)[:2])
     text, report = tmp_path / "text.txt", tmp_path / "out.json"
     text.write_text(" ".join(f"w{i}" for i in np.random.default_rng(0).integers(0, 33, 140)))
-    flags = [*SMALL, "--seq_len", 66, "--weights_dir", folder / "weights", "--text", text, "--json", report]
+    flags = [*SMALL, "--windows", 3, "--weights_dir", folder / "weights", "--text", text, "--json", report]
     with pytest.raises(SystemExit):
         benchmark.main([str(flag) for flag in flags])
     assert "worse than guessing among the 33 tokens" in capsys.readouterr().err

@@ -39,16 +39,18 @@ def test_what_differs_is_named_with_its_values():
     first, second = reports.report(), reports.report()
     second["config"]["threshold"], second["versions"]["jax"] = 0.5, "99"
     second["config"]["json"] = "another.json"
+    second["finished"] = False
     assert differences([first, second]) == [
         ["--threshold", "0.65", "0.5"],
         ["versions jax", first["versions"]["jax"], "99"],
+        ["finished", "True", "False"],
     ]
 
 
 def test_every_guarded_figure_of_a_full_report_is_there():
     names = figures(reports.report())
     for part in ("degradation", "forward of 512 tokens, sparse", "attention alone, reuse", "sweep, 2048 tokens, dense",
-                 "decoding after 512, sparse", "decoding at depth 8192, keep all", "at density 0.1, sparse", "task variable tracking"):  # fmt: skip
+                 "decoding after 512, sparse", "decoding at depth 8192, keep all", "at density 0.1, sparse", "task niah_single"):  # fmt: skip
         assert [name for name in names if part in name], part
     assert not [name for name in names if "32768" in name], "a depth that was skipped"
 
@@ -67,6 +69,15 @@ def test_every_guarded_figure_of_a_full_report_is_there():
 def test_a_change_is_beyond_the_error_or_not(before, after, change, beyond):
     assert after.change(before) == (None if change is None else pytest.approx(change))
     assert after.beyond_error(before) is beyond
+
+
+def test_both_set_ups_of_a_task_are_compared_with_the_error_of_their_interval():
+    found = figures(reports.report())
+    assert len([name for name in found if name.startswith("task vt (")]) == 6
+    figure = found["task niah_single (prompt), 1900 tokens, sparse, share"]
+    assert (figure.value, figure.guarded) == (0.75, False)
+    low, high = reports.tasks()[0].sparse.interval
+    assert figure.error == pytest.approx((high - low) / 3.92)
 
 
 def test_the_exit_code_says_that_a_later_run_is_slower(files, capsys):
@@ -103,7 +114,8 @@ def test_three_reports_stand_side_by_side_and_each_is_compared_with_the_first():
         ('{"a": 1}', "is no report of this program"),
         ("[]", "is no report of this program"),
         ('{"format_version": 2, "degradation_pct": 1}', "has format version 2, and this program reads version 3"),
-        ('{"format_version": 3, "degradation_pct": 1}', "a report is damaged"),
+        ('{"format_version": 3, "degradation_pct": 1, "program": "another"}', "is no report of this program"),
+        ('{"format_version": 3, "degradation_pct": 1, "program": "kascade benchmark"}', "a report is damaged"),
     ],
 )
 def test_a_file_that_is_no_report_of_this_version_is_one_sentence(files, tmp_path, capsys, content, message):

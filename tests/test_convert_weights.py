@@ -406,7 +406,9 @@ def test_importing_and_help_need_neither_jax_nor_transformers():
     assert min(seconds) < 1
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.full) for name in ("cp1252", "latin-1"))]
+)
 def test_a_terminal_of_any_encoding_gets_a_result_and_an_error(source, tmp_path, encoding):
     named = source.rename(tmp_path / "模型 →")
     environment = os.environ | {"PYTHONIOENCODING": encoding}

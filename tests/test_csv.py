@@ -1,10 +1,13 @@
 """report/tables.py: a report's measurements, a row each, in CSV and Markdown files that grow."""
 
+import contextlib
 import csv
+import re
 
 import pytest
 import reports
 
+import benchmark_kascade_final as benchmark
 from errors import InputError
 from measure.settings import Settings
 from report.tables import COLUMNS, append_csv, append_markdown, check_csv, check_markdown, markdown_row, measurements
@@ -19,7 +22,7 @@ def test_every_measurement_of_a_report_is_a_row():
     tests = [row["test"] for row in measurements(report)]
     counts = {"prefill": 2, "density 0.1": 2, "sweep": 4, "decode": 2, "decode depth": 9, "attention alone": 4}
     assert {test: tests.count(test) for test in counts} == counts
-    assert tests.count("task variable tracking") == 2
+    assert tests.count("task vt (prompt)") == tests.count("task vt (question)") == 3
     assert all(
         set(row) == set(COLUMNS) and all(type(cell) is str for cell in row.values()) for row in measurements(report)
     )
@@ -42,8 +45,9 @@ def test_a_row_has_the_median_of_its_samples_and_the_tokens_that_went_through():
     (step,) = rows_of(report, test="decode depth", arm="sparse", tokens="2048")
     assert float(step["tokens_per_s"]) == pytest.approx(1000 / 40.5, rel=1e-5)
     assert step["perplexity"] == step["score"] == ""
-    (task,) = rows_of(report, test="task key in a haystack", arm="dense")
-    assert (task["score"], task["score_low"], task["median_ms"]) == ("0.95", "0.83", "")
+    (task,) = rows_of(report, test="task niah_single (question)", arm="sparse")
+    assert (task["score"], task["density"], task["n"], task["median_ms"]) == ("0.9", "0.2", "40", "")
+    assert float(task["score_low"]) < 0.9 < float(task["score_high"])
 
 
 def test_rows_are_added_to_a_file_that_is_there(tmp_path):
@@ -83,11 +87,31 @@ def test_a_files_other_columns_are_refused_before_the_run(tmp_path):
     check_markdown(path)
 
 
+@pytest.mark.parametrize("flag", ["--csv", "--markdown"])
+def test_the_command_refuses_another_tables_columns_in_one_sentence_before_it_looks_for_a_model(tmp_path, capsys, flag):
+    (tmp_path / "rows").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main([flag, str(tmp_path / "rows"), "--weights_dir", str(tmp_path / "none"), "--quiet"])
+    error = capsys.readouterr().err
+    assert re.fullmatch("error: .*rows: expected (a table with )?the columns .*, got .*a.*b.*\n", error)
+    assert (tmp_path / "rows").read_text() == "a,b\n1,2\n"
+
+
 @pytest.mark.parametrize("name", ["html", "csv", "markdown"])
 def test_a_file_that_cannot_be_written_is_refused_before_the_run(tmp_path, name):
     for path in (tmp_path / "no" / "file", tmp_path, "/dev/stdout"):
         with pytest.raises(InputError, match=f"{name}: cannot write"):
             Settings(**{name: tmp_path.__class__(path)})
+
+
+@pytest.mark.parametrize(("name", "is_refused"), [("csv", True), ("markdown", True), ("html", False)])
+def test_a_table_that_is_closed_to_us_is_refused_before_the_run(tmp_path, monkeypatch, name, is_refused):
+    """The folder is open: a page would be replaced there. The tests' own user may write anything."""
+    path = tmp_path / "closed"
+    path.touch()
+    monkeypatch.setattr("measure.settings.os.access", lambda asked, mode: asked != path)
+    with pytest.raises(InputError, match=f"{name}: cannot write") if is_refused else contextlib.nullcontext():
+        Settings(**{name: path})
 
 
 def test_two_reports_in_one_file_are_refused(tmp_path):

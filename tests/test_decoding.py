@@ -99,7 +99,7 @@ def test_dense_decoding_predicts_as_the_forward_at_every_position_of_three_windo
 @pytest.mark.parametrize(
     ("schedule", "selection"),
     [
-        (SPARSE, ROWS),
+        pytest.param(SPARSE, ROWS, marks=pytest.mark.full),
         (BUDGETS, ROWS),
         ({0: (ANCHOR, None), 1: (REUSE, 0), 2: (ANCHOR, None)}, Selection(M, density=0.4, query_tile=1, local_tiles=1)),
         pytest.param(SPARSE, Selection(M, 5, query_tile=1, sink_tiles=2, local_tiles=1), marks=pytest.mark.full),
@@ -126,7 +126,7 @@ def test_all_tiles_kept_is_dense(params, ids):
     assert relative(np.asarray(sparse.stream), np.asarray(dense.stream)) <= 1e-5
 
 
-@pytest.mark.parametrize("schedule", [None, SPARSE])
+@pytest.mark.parametrize("schedule", [pytest.param(None, marks=pytest.mark.full), SPARSE])
 def test_ragged_sequences_go_on_after_a_prefill_on_several_devices(params, ids, schedule):
     """Depths at a tile's edge. What the prefill left behind each depth is of other tokens, and is written over."""
     depths, steps = np.array([M * 4 - 1, M * 4, M * 4 + 1]), 6
@@ -142,7 +142,8 @@ def test_ragged_sequences_go_on_after_a_prefill_on_several_devices(params, ids, 
         assert relative(np.asarray(decoded.stream[b]), np.asarray(expected[b, depth : depth + steps])) <= 1e-5
 
 
-@pytest.mark.parametrize("schedule", [None, pytest.param(SPARSE, marks=pytest.mark.full)])
+@pytest.mark.full  # in the quick tier the continuations of both arms are
+@pytest.mark.parametrize("schedule", [None, SPARSE])
 def test_greedy_ids_are_those_of_a_loop_of_whole_forwards(params, ids, schedule):
     model = LlamaModel(CONFIG, schedule, ROWS)
     expected = greedy(model, params, ids, DEPTH)
@@ -205,9 +206,10 @@ def found(arms, windows):
 def test_both_arms_lose_what_whole_forwards_lose(arms, params, ids, found):
     compared = found[1, "sparse"].compared
     assert [len(window.kl) for window in compared] == [T - DEPTH - 1] * 3
+    dense, sparse = (model.compile(params, ids[:1]) for model in (arms.dense, arms.sparse))
     for b, window in enumerate(compared):
-        for model, nll in ((arms.dense, window.dense_nll), (arms.sparse, window.sparse_nll)):
-            expected = model.compile(params, ids[b : b + 1])(params, ids[b : b + 1]).nll[0, DEPTH:]
+        for forward, nll in ((dense, window.dense_nll), (sparse, window.sparse_nll)):
+            expected = forward(params, ids[b : b + 1]).nll[0, DEPTH:]
             np.testing.assert_allclose(nll, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -273,10 +275,15 @@ def test_depths_are_timed_dense_keeping_all_and_sparse(arms):
     ]  # fmt: skip
 
 
-def test_a_depth_beyond_the_context_says_so_and_one_beyond_memory_is_skipped(arms, monkeypatch):
+@pytest.mark.full  # in the quick tier a run has such a depth
+def test_a_depth_beyond_the_context_says_so(arms, monkeypatch):
     monkeypatch.setattr(decoding, "DEPTH_STEPS", 1)
     beyond = decoding.measure_depth(arms, 65, 1, 1)
     assert "beyond the model's context: only time is meant" in console.depth_row(beyond)
+
+
+def test_a_depth_beyond_memory_is_skipped(arms, monkeypatch):
+    monkeypatch.setattr(decoding, "DEPTH_STEPS", 1)
     monkeypatch.setattr(decoding, "free_memory", lambda _: 10**9)
     row = decoding.measure_depth(arms, 10**7, 1, 1)
     assert console.depth_row(row) == "10000000 skipped: it needs a cache of 4.8 GB, and 1.0 GB are free"
@@ -309,10 +316,10 @@ def test_where_continuations_part_is_said(sparse, part_at, said):
 def report(folders, tmp_path_factory):
     """A whole run with every flag of decoding: its output, errors and report."""
     folder = tmp_path_factory.mktemp("decoding")
-    (folder / "text.txt").write_text(repeating_text(110, 33))
-    where = ["--weights_dir", str(folders / "mha_llama3_tied"), "--text", str(folder / "text.txt")]
+    (folder / "text.txt").write_text(repeating_text(110))
+    where = ["--weights_dir", str(folders / "gqa_default_tied"), "--text", str(folder / "text.txt")]
     sizes = ["--tile_size", "4", "--top_k", "3", "--seq_len", "30", "--dtype", "float32", "--n_runs", "2"]
-    flags = ["--decode", "7", "--batch", "2", "--prefill", "dense", "--depths", "9,70", "--generate", "5"]
+    flags = ["--decode", "7", "--batch", "2", "--prefill", "dense", "--depths", "70", "--generate", "5"]
     told = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "configure_device", lambda device: configure_device(device)[:2])
@@ -328,14 +335,14 @@ def test_every_flag_of_decoding_counts_in_a_run(report):
     assert (decoded["depth"], decoded["tokens"], decoded["batch"], decoded["prefill"]) == (30, 7, 2, "dense")
     assert decoded["windows"] == 2
     assert decoded["dense"]["perplexity"] != decoded["sparse"]["perplexity"]
-    assert [(row["depth"], row["batch"]) for row in values["decode_depths"]] == [(9, 2), (70, 2)]
+    assert [(row["depth"], row["batch"]) for row in values["decode_depths"]] == [(70, 2)]
     assert {"dense_ms", "keep_all_ms", "sparse_ms", "density"} <= set(values["decode_depths"][0])
     generated = values["generate"]
     assert (len(generated["dense"]), len(generated["sparse"])) == (5, 5)
     assert generated["dense"][0] == generated["sparse"][0], "the dense prefill predicts the first for both"
     for text in ("DECODING 7 tokens after 30, batch 2", "dense prefill", "DECODING BY DEPTH", "GREEDY CONTINUATION"):
         assert text in output
-    assert "only time is meant" in output
+    assert "beyond the model's context: only time is meant" in " ".join(output.split())
     assert "warning: 37 tokens are beyond" not in output
 
 

@@ -1,6 +1,7 @@
 """The model against transformers' logits, its schedule, its tiles, its loss, and how it is loaded and compiled."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -117,10 +118,10 @@ def test_a_reuse_layer_attends_to_its_anchors_tiles_through_its_head_map(loaded,
     layout = Layout.of(61, SMALL.block)
     rope = llama_model.rope_table(config, layout.local_positions()[None])
     x_BTD = jax.random.normal(jax.random.key(0), (2, layout.padded, config.hidden_size))
+    block = llama_model.Block(config, LayerPlan(REUSE, 1, (0, 1)), SMALL, False, jnp.float32, None)
+    attend = jax.jit(partial(block.apply, layout=layout, method="attend"))
     blocks = [
-        llama_model.Block(config, LayerPlan(REUSE, 1, (0, 1)), SMALL, False, jnp.float32, None).apply(
-            {"params": params["params"]["layer_2"]}, x_BTD, rope, tiles, layout, method="attend"
-        )[0]
+        attend({"params": params["params"]["layer_2"]}, x_BTD, rope, tiles)[0]
         for tiles in (model.schedule[2].attended(chosen), chosen[:, [1, 1]], chosen)
     ]
     np.testing.assert_array_equal(blocks[0], blocks[1])
@@ -178,7 +179,9 @@ def test_a_model_that_is_not_finite_is_not_calibrated_on(loaded, ids):
         core.calibrate_kascade(LlamaModel(config), broken, ids, 4, 3)
 
 
-@pytest.mark.parametrize(("name", "chunk"), [(NAME, 8), (NAME, 1024), ("gqa_default_tied", 10)])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [(NAME, 8), pytest.param(NAME, 1024, marks=pytest.mark.full), ("gqa_default_tied", 10)]
+)
 def test_the_loss_is_the_perplexity_of_the_logits(folders, monkeypatch, name, chunk):
     """The vocabulary of 50 or 41 tokens in chunks: several and a rest, or one."""
     monkeypatch.setattr(llama_model, "VOCAB_CHUNK", chunk)
@@ -274,7 +277,9 @@ REAL_SHAPES = {  # parameters as published
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REAL_SHAPES)
+@pytest.mark.parametrize(
+    "name", ["llama-3.2-1b", *(pytest.param(name, marks=pytest.mark.full) for name in list(REAL_SHAPES)[1:])]
+)
 def test_a_released_model_has_its_published_size_and_its_logits_their_shape(name):
     parameters, shape = REAL_SHAPES[name]
     config = LlamaConfig(**LLAMA3, **shape)

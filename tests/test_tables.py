@@ -41,3 +41,11 @@ def test_a_results_file_of_other_columns_or_of_no_text_is_refused(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read as CSV"):
         ResultsFile(path, ("window", "kl"))
+
+
+@pytest.mark.parametrize("start", ["\n", "\nwindow,kl\nA,1\n"])
+def test_a_results_file_whose_first_line_is_blank_has_no_columns(tmp_path, start):
+    path = tmp_path / "results.csv"
+    path.write_text(start)
+    with pytest.raises(InputError, match=r"expected the columns window, kl, got \[\]"):
+        ResultsFile(path, ("window", "kl"))

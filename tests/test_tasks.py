@@ -291,12 +291,14 @@ def test_an_answer_is_right_if_each_of_its_own_tokens_is_the_likeliest():
     assert answer_of(nll, np.array([3, 5, 0]), ids, is_token) == (False, 3)
 
 
-def test_a_run_prints_and_returns_two_rows_for_each_task(answering, capsys):
-    models, params, mesh, task = answering
+def test_a_run_prints_and_returns_two_rows_for_each_task(answering, answers, capsys, monkeypatch):
+    (models, params, mesh, task), given = answering, []
+    monkeypatch.setattr(benchmark, "Answerer", lambda *args: given.append(args) or answers[0])  # compiled already
     rows = benchmark.run_tasks(models[DENSE_ARM], models[SPARSE_ARM], params, [task], mesh)
     assert [(row.setup, row.n, row.length, row.dense.share) for row in rows] == [
         (PROMPT, 2, LENGTH + ANSWER_ROOM, 1.0), (QUESTION, 2, LENGTH + ANSWER_ROOM, 1.0)
     ]  # fmt: skip
+    assert given == [(models, params, LENGTH, mesh)]
     assert capsys.readouterr().out == "".join(console.fit(console.task_row(row)) + "\n" for row in rows)
 
 

@@ -8,8 +8,9 @@ from synthetic import HF_CONFIGS, token_ids
 
 from attention.sharding import make_mesh
 from kascade_core import ANCHOR, DENSE, REUSE, Selection
-from llama_model import LlamaConfig, LlamaModel
+from llama_model import LlamaConfig, LlamaModel, load_weights
 from measure import timing
+from weights.folder import read_manifest
 
 NAME = "gqa_llama3_untied"
 SPARSE = {0: (DENSE, None), 1: (ANCHOR, None), 2: (REUSE, 1, (1, 1))}
@@ -37,10 +38,10 @@ def test_attention_alone_is_each_kind_with_the_models_kernel_and_dtype(model, me
 
 
 @pytest.fixture(scope="module")
-def measured(model, mesh):
+def measured(folders, model, mesh):
     """What a sweep needs of a model, and its row for 40 tokens, more than it is given."""
     ids = jnp.asarray(token_ids(NAME)[:1, :25])
-    params = jax.jit(model.init)(jax.random.key(0), ids)
+    params = load_weights(folders / NAME, read_manifest(folders / NAME))
     models = {"dense": model.clone(schedule=None), "sparse": model}
     return (models, params, ids, 40, mesh, 2), timing.measure_length(models, params, ids, 40, mesh, 2)
 

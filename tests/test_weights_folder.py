@@ -149,7 +149,9 @@ def test_what_is_no_weights_folder_is_refused_with_what_to_type(tmp_path):
     sentences["other"] = "has no manifest.json; make it with"
     for name in ("x.gguf", "x.txt"):
         (tmp_path / name).touch()
-    sentences["x.gguf"] = "is a checkpoint, not a weights folder; convert it first: python convert_weights.py --input"
+    sentences["x.gguf"] = (
+        "is a checkpoint's file, not a weights folder; convert it first: python convert_weights.py --input"
+    )
     sentences["x.txt"] = "is not a folder; make one with convert_weights.py"
     sentences["x" * 300] = "cannot be read .File name too long."
     for name, match in sentences.items():

@@ -323,8 +323,14 @@ def test_a_value_too_large_for_float16_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("match", "change"),
     [
-        ("q_proj.bias' in .*: this network has none", {"model.layers.0.self_attn.q_proj.bias": np.ones(60, np.float32)}),
-        ("k_norm.weight' in .*: this network has none", {"model.layers.2.self_attn.k_norm.weight": np.ones(10, np.float32)}),
+        (
+            "q_proj.bias' in .*: this network has none",
+            {"model.layers.0.self_attn.q_proj.bias": np.ones(60, np.float32)},
+        ),
+        (
+            "k_norm.weight' in .*: this network has none",
+            {"model.layers.2.self_attn.k_norm.weight": np.ones(10, np.float32)},
+        ),
         ("lm_head.bias' in .*: this network has none", {"lm_head.bias": np.ones(50, np.float32)}),
         ("'model.norm.weight' is stored as I8; supported are F64, F32", {"model.norm.weight": np.ones(24, np.int8)}),
     ],

@@ -130,10 +130,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _why_no_manifest(folder: Path) -> str:
     """What to do about something that is given as a weights folder and is none."""
-    where, convert = f"weights folder {folder}", f"python convert_weights.py --input {shlex.quote(str(folder))}"
+    whole = folder.parent if folder.suffix in (".safetensors", ".pth") and folder.is_file() else folder
+    where, convert = f"weights folder {folder}", f"python convert_weights.py --input {shlex.quote(str(whole))}"
     if folder.is_file():
         if folder.suffix in (".gguf", ".safetensors", ".pth"):
-            return f"{folder} is a checkpoint, not a weights folder; convert it first: {convert}"
+            return f"{folder} is a checkpoint's file, not a weights folder; convert it first: {convert}"
         return f"{where} is not a folder; make one with convert_weights.py"
     if not folder.is_dir():
         return f"{where} does not exist; make it with convert_weights.py --output {shlex.quote(str(folder))}"
@@ -295,6 +296,8 @@ def check_output(output: Path) -> Path:
     """
     try:
         output = Path(os.path.expanduser(output)).resolve()
+        if output.is_symlink():  # from Python 3.13 on, resolve raises nothing
+            raise RuntimeError("a loop of links")
         stands, filled = output.exists(), output.is_dir() and any(output.iterdir())
     except (OSError, RuntimeError) as error:  # no permission; a loop of links; ~somebody
         raise InputError(f"output folder {output} cannot be used ({error}); give another --output") from error

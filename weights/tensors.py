@@ -134,7 +134,8 @@ def check_names(checkpoint: Checkpoint) -> tuple[str, ...]:
         layer = LAYER.fullmatch(key)
         if key == "lm_head.bias" or (layer and int(layer[1]) < len(layers) and not BUFFER.fullmatch(key)):
             raise UnsupportedError(
-                f"tensor {quote(key)} in {checkpoint.source}: this network has none such, and is not computed without it"
+                f"tensor {quote(key)} in {checkpoint.source}: this network has none such, and is not computed "
+                "without it"
             )
     if missing := sorted(wanted - checkpoint.keys):
         raise InputError(f"missing tensor {missing[0]} in {checkpoint.source} ({len(missing)} missing in all)")

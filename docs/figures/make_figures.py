@@ -1,27 +1,36 @@
-"""Draws docs/figures/kascade.svg: how an anchor keeps tiles, and which layers reuse whose in a finished run.
+"""Draws the figures of README.md and docs/ from a finished run's report, as the page of --html draws them.
 
-The triangle is a sketch of eight tiles; the layers are those of a report that the benchmark has written with --json.
-The figure has a background of its own, so that it can be read on light and dark pages.
+kascade.svg shows how an anchor keeps tiles (a sketch of eight), and which layers reuse whose in that run. trade-off.svg
+is drawn where the run had --densities, depths.svg where it timed decoding by depth. Each has a background of its own,
+so that it can be read on light and dark pages.
 
-  python docs/figures/make_figures.py report.json
+  python benchmark_kascade_final.py --densities 0.1,0.2,0.3,0.5 --json report.json
+  python -m docs.figures.make_figures report.json
 """
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-FILE = Path(__file__).parent / "kascade.svg"
-WIDTH, HEIGHT = 960, 386
+from errors import exit_on_bad_input
+from report import plots
+from report.results import read_report
+
+FOLDER = Path(__file__).parent
+FILE = FOLDER / "kascade.svg"
+CHARTS = ("trade-off", "depths")  # plots of the page that get a file of their own
+WIDTH, HEIGHT = 960, 408
 CARD, EDGE, INK, QUIET = "#ffffff", "#d1d9e0", "#1f2328", "#59636e"
-COLOURS = {"own": "#0a3069", "kept": "#54aeff", "dropped": "#dfe4e9"}
-MODE_COLOURS = {"DENSE": "#6e7781", "ANCHOR": "#0a3069", "REUSE": "#b6e3ff"}
+COLOURS = {"sink": plots.YELLOW, "own": plots.ORANGE, "kept": plots.BLUE, "dropped": "#e2e2e2"}
+MODE_COLOURS = plots.MODES
 MODE_INK = {"DENSE": "#ffffff", "ANCHOR": "#ffffff", "REUSE": INK}
-ARROW = "#bc4c00"
+ARROW = INK
+FONT = "Helvetica, Arial, sans-serif"
 # The tiles that each query tile of the sketch keeps: the first, its own, and two more.
 KEPT = ((0,), (0, 1), (0, 1, 2), (0, 1, 2, 3), (0, 2, 3, 4), (0, 1, 4, 5), (0, 2, 5, 6), (0, 2, 6, 7))
 TILE = 27  # pixels
@@ -70,11 +79,12 @@ def triangle(left: float, top: float) -> list[str]:
     ]
     for query, kept in enumerate(KEPT):
         for key in range(query + 1):
-            kind = "own" if key == query else "kept" if key in kept else "dropped"
+            kind = "own" if key == query else "dropped" if key not in kept else "kept" if key else "sink"
             parts.append(box(grid + key * TILE, top + query * TILE, TILE - 3, TILE - 3, COLOURS[kind]))
     entries = [
         (COLOURS["own"], "the query tile's own, always kept"),
-        (COLOURS["kept"], "kept: the first, and the most attended"),
+        (COLOURS["sink"], "the first tile (sink), always kept"),
+        (COLOURS["kept"], "the most attended ones, kept"),
         (COLOURS["dropped"], "dropped (here Top-K is 4)"),
     ]
     return parts + legend(grid, top + len(KEPT) * TILE + 22, entries)
@@ -123,7 +133,7 @@ def schedule(report: dict[str, Any], left: float, top: float, width: float) -> l
 def figure(report: dict[str, Any]) -> str:
     """The SVG of a report."""
     size, head = 'markerWidth="6" markerHeight="6" refX="5" refY="3"', f'<path d="M0,0 L6,3 L0,6 z" fill="{ARROW}"/>'
-    view = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, Arial, sans-serif"'
+    view = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="{FONT}"'
     card = f'width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="8" fill="{CARD}" stroke="{EDGE}"'
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {view}>',
@@ -136,12 +146,37 @@ def figure(report: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def chart(plot: plots.Plot) -> str:
+    """A plot of the page as a file of its own, with its title, on a card."""
+    svg = plot.svg
+    for colour, ours in {"currentColor": INK, "var(--faint)": EDGE, "var(--blue)": plots.BLUE}.items():
+        svg = svg.replace(colour, ours)
+    width, height = (float(size) for size in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    card = (
+        f'x="-13.5" y="-35.5" width="{width + 27:.1f}" height="{height + 49:.1f}" rx="6" fill="{CARD}" stroke="{EDGE}"'
+    )
+    opening = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" font-family="{FONT}" '
+        f'viewBox="-14 -36 {width + 28:.1f} {height + 50:.1f}" width="{1.5 * width:.0f}">\n'
+        f"<rect {card}/>\n{text(0, -14, plot.title, font_size=13, font_weight=600)}"
+    )
+    return re.sub(r"<svg[^>]*>", lambda _: opening, svg, count=1).strip() + "\n"
+
+
+def draw(report: dict[str, Any]) -> dict[str, str]:
+    """The SVG of every figure that the report has the numbers for, by its file's name."""
+    found = {plot.name: plot for _, of_section in plots.sections(report) for plot in of_section}
+    return {FILE.name: figure(report)} | {f"{name}.svg": chart(found[name]) for name in CHARTS if name in found}
+
+
 def main(argv: Sequence[str]) -> int:
-    """Writes FILE from the report that is named."""
+    """Writes the figures of the report that is named."""
     if len(argv) != 1:
         print("error: expected one argument, a report that the benchmark wrote with --json", file=sys.stderr)
         return 2
-    FILE.write_text(figure(json.loads(Path(argv[0]).read_text(encoding="utf-8"))), encoding="utf-8")
+    with exit_on_bad_input():
+        for name, svg in draw(read_report(Path(argv[0]))).items():
+            (FOLDER / name).write_text(svg, encoding="utf-8")
     return 0
 
 
