@@ -31,7 +31,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import convert_weights
-from attention.sharding import make_mesh
+from attention.sharding import compiler_options, make_mesh
 from errors import ctrl_c_raises, exit_on_bad_input
 from kascade_core import (
     Schedule,
@@ -221,7 +221,8 @@ def prepare(settings: Settings, say: Say) -> Setup:
     say(f"🖥️  Configuring JAX to use {settings.device.upper()}...")
     devices = configure_device(settings.device)
     mesh = make_mesh(devices)
-    machine = Machine(settings.device, devices[0].device_kind, len(devices), processor_name())
+    options = compiler_options(devices[0])
+    machine = Machine(settings.device, devices[0].device_kind, len(devices), processor_name(), options)
     say(f"✓ JAX using {len(devices)} {settings.device.upper()} device(s): {[device.id for device in devices]}\n")
 
     weights_dir, manifest = find_weights(settings, say)

@@ -2,7 +2,7 @@
 
 `kernel` is a name of KERNELS, and None means "xla":
   "xla"         runs everywhere and takes every size
-  "pallas_tpu"  key tiles of a multiple of 128 tokens
+  "pallas_tpu"  key tiles of 8, 16, 32 or 64 tokens while a head's keys fit into vector memory, or of a multiple of 128
   "pallas_gpu"  key tiles of 16 to 128 tokens, heads of width 64 or 128, bfloat16 and float16
 `check` says whether a kernel takes some sizes. Away from their device the two last are interpreted: correct, and slow.
 

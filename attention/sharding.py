@@ -7,13 +7,14 @@ to every device. Letters as in kascade_core.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from kascade_core import NO_TILE, tile_count
 
@@ -30,6 +31,9 @@ TILES = PartitionSpec(None, None, AXIS)  # [B, K, Q, ...]: tiles of each KV head
 # tokens 366 MB a device instead of 90. (Leave its YNNPACK products on: without them it needs 0.8 GB less there, but
 # jaxlib 0.10.2 then computes wrong numbers beyond 2048 tokens on two devices.)
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+# And its TPU compiler. From jax 0.11 on it hands gathers to the chip's sparse cores, and a sparse step of decoding took
+# half as long again (jax issue 40553). Prefill in long chunks gains by it where XLA gathers the keys; kernels do not.
+TPU_OPTIONS = {"xla_tpu_offload_gather_to_sparsecore": "false"}
 
 
 # --- Blocks ---
@@ -150,8 +154,28 @@ def jit(function: Callable[..., Any], mesh: Mesh | None = None, donate: tuple[in
     `mesh` says which platform's options apply; without it the default device does. The arguments at the places
     `donate` are given away: their memory is written in place.
     """
-    on_cpu = (mesh.devices.flat[0] if mesh else jax.devices()[0]).platform == "cpu"
-    return jax.jit(function, donate_argnums=donate, compiler_options=CPU_OPTIONS if on_cpu else None)
+    options = compiler_options(mesh.devices.flat[0] if mesh else jax.devices()[0])
+    return jax.jit(function, donate_argnums=donate, compiler_options=options or None)
+
+
+@functools.cache
+def compiler_options(device: jax.Device) -> dict[str, str]:
+    """What the compiler of a device's programs is told; on a TPU only those options that its compiler has."""
+    if device.platform != "tpu":
+        return CPU_OPTIONS if device.platform == "cpu" else {}
+    return {name: value for name, value in TPU_OPTIONS.items() if _is_known(name, value, device)}
+
+
+def _is_known(option: str, value: str, device: jax.Device) -> bool:
+    """Whether a device's compiler has an option; it refuses to compile with one that it has not."""
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(jnp.negative, compiler_options={option: value}).lower(number).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
 
 
 def compile_ahead(

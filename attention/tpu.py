@@ -1,5 +1,7 @@
 """Dense, anchor and reuse attention on a TPU: Pallas kernels for key tiles of 128 tokens and more.
 
+Smaller tiles are chosen and reused by `attention.tpu_small`.
+
 Reuse has one grid step for each chosen tile; the tiles' indices are prefetched into scalar memory and say which tile is
 copied next. Scoring keeps one query tile's sums over all key tiles in vector memory, so that no [T, T] array is made.
 Dense is JAX's splash attention. Split over several chips, whose blocks are not contiguous, it is a reuse of all tiles.
@@ -26,16 +28,24 @@ from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from attention.sharding import Layout, causal_tiles, pad_axis
+from attention import tpu_small
+from attention.sharding import Layout, pad_axis
+from attention.tpu_common import (
+    LANES,
+    MASKED,
+    SMEM_BYTES,
+    USABLE_SMEM,
+    by_query_tile,
+    on_tpu_or_interpreted,
+    product,
+    whole_lanes,
+)
 from errors import UnsupportedError
 from kascade_core import NO_TILE, Selection, select_tiles, tile_count, visible
 
-LANES = LEAST_TILE = 128  # a key tile is a whole number of a vector register's lanes
+LEAST_TILE = LANES  # of these kernels: a key tile is a whole number of a vector register's lanes
 TILES_AT_ONCE = 8  # key tiles in one step of scoring
 SPLASH_BLOCKS = (1024, 512, 256, 128)  # the largest that divides the sequence
-MASKED = -1e30  # a masked score: finite, since all of a row's first block of keys may be masked
-SMEM_BYTES = 2**20  # of a core's scalar memory, which holds one KV head's tiles, or all page lists of a step
-USABLE_SMEM = SMEM_BYTES * 7 // 8  # the compiler keeps some for itself
 LEAST_PAGE = 16  # tokens: the rows of bfloat16 that memory is tiled by, so that pages are a view of the cache
 LARGEST_PAGE = 512  # of dense steps, which choose their own
 KEYS_AT_ONCE = 1024  # of the pages that one step of paged attention reads
@@ -51,6 +61,8 @@ def check(
 ) -> None:
     """As `attention.check`: sizes of tiles, and how many of them fit into scalar memory."""
     M, Y = selection.tile_size, selection.query_tile
+    if M < LEAST_TILE:
+        return tpu_small.check(selection, length, head_dim, dtype, slots)
     if M % LANES:
         fits = tile_count(M, LANES) * LANES
         raise UnsupportedError(f"the TPU kernels take a tile_size of {fits} or another multiple of {LANES}, got {M}")
@@ -65,6 +77,7 @@ def check(
             f"the TPU's scalar memory of {SMEM_BYTES} bytes does not hold {slots} tiles for each of {query_tiles} "
             f"query tiles; top_k up to {fits} would fit, or a query_tile of {min(2 * Y, M)} or more"
         )
+    return None
 
 
 # --- Dense ---
@@ -74,9 +87,16 @@ def dense(
     q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout, window: int | None = None
 ) -> jax.Array:
     """As `attention.dense`."""
-    T, N, H = q_BTNH.shape[1:]
     if layout.num_shards > 1:
         return _dense_by_tiles(q_BTNH, k_BKHS, v_BKSH, layout, window)
+    T, padded = q_BTNH.shape[1], whole_lanes(q_BTNH.shape[1])
+    q_BTNH, k_BKHS, v_BKSH = pad_axis(q_BTNH, 1, padded), pad_axis(k_BKHS, 3, padded), pad_axis(v_BKSH, 2, padded)
+    return _splash(q_BTNH, k_BKHS, v_BKSH, window)[:, :T]
+
+
+def _splash(q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, window: int | None) -> jax.Array:
+    """JAX's splash attention, for a whole number of lanes."""
+    T, N, H = q_BTNH.shape[1:]
     block = next(size for size in SPLASH_BLOCKS if T % size == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, k_layout=splash.QKVLayout.SEQ_MINOR
@@ -90,7 +110,7 @@ def dense(
         return jax.vmap(kernel)
 
     q_BNTH = (q_BTNH.astype(jnp.float32) * H**-0.5).astype(q_BTNH.dtype).transpose(0, 2, 1, 3)
-    out_BNTH = _on_tpu_or_interpreted(attend)(q_BNTH, k_BKHS.swapaxes(2, 3), v_BKSH)  # it swaps them back
+    out_BNTH = on_tpu_or_interpreted(attend)(q_BNTH, k_BKHS.swapaxes(2, 3), v_BKSH)  # it swaps them back
     return out_BNTH.transpose(0, 2, 1, 3).astype(q_BTNH.dtype)
 
 
@@ -98,10 +118,14 @@ def _dense_by_tiles(
     q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, layout: Layout, window: int | None
 ) -> jax.Array:
     """Reuse of all causal tiles, for the blocks of one shard, which are not contiguous."""
-    Y = layout.block
-    tiles_QC = causal_tiles(layout, Y)
+    Y, M = layout.block, whole_lanes(layout.block)
+    padded = tile_count(layout.padded, M) * M
+    k_BKHS, v_BKSH = pad_axis(k_BKHS, 3, padded), pad_axis(v_BKSH, 2, padded)
+    last_Q1 = layout.local_positions()[Y - 1 :: Y, None] // M
+    tiles_1C = jnp.arange(padded // M)[None]
+    tiles_QC = jnp.where(tiles_1C <= last_Q1, tiles_1C, NO_TILE)
     tiles_BKQC = jnp.broadcast_to(tiles_QC, (*k_BKHS.shape[:2], *tiles_QC.shape))
-    return _reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, Selection(tile_size=Y, window=window), layout)
+    return _reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, M, Y, window, layout)
 
 
 # --- Reuse ---
@@ -111,17 +135,27 @@ def reuse(
     q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, tiles_BKQC: jax.Array, selection: Selection, layout: Layout
 ) -> jax.Array:
     """As `attention.reuse`; tiles_BKQC are ascending."""
+    M, Y = selection.tile_size, selection.query_tile
+    if M < LEAST_TILE:
+        return tpu_small.reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, selection, layout)
     check(selection, layout.length, q_BTNH.shape[-1], q_BTNH.dtype, slots=tiles_BKQC.shape[-1])
-    return _reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, selection, layout)
+    return _reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, M, Y, selection.window, layout)
 
 
 def _reuse(
-    q_BTNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, tiles_BKQC: jax.Array, selection: Selection, layout: Layout
+    q_BTNH: jax.Array,
+    k_BKHS: jax.Array,
+    v_BKSH: jax.Array,
+    tiles_BKQC: jax.Array,
+    tile_size: int,
+    query_tile: int,
+    window: int | None,
+    layout: Layout,
 ) -> jax.Array:
     B, T, N, H = q_BTNH.shape
     K, S = k_BKHS.shape[1], k_BKHS.shape[3]
-    M, Y, C = selection.tile_size, selection.query_tile, tiles_BKQC.shape[-1]
-    q_ZQRH = _by_query_tile(q_BTNH, K, Y)
+    M, Y, C = tile_size, query_tile, tiles_BKQC.shape[-1]
+    q_ZQRH = by_query_tile(q_BTNH, K, Y)
     _, Q, R, _ = q_ZQRH.shape
     used_ZQ = (tiles_BKQC != NO_TILE).sum(-1).reshape(B * K, Q)
     last_ZQ1 = jnp.take_along_axis(tiles_BKQC.reshape(B * K, Q, C), used_ZQ[..., None] - 1, axis=-1)
@@ -129,7 +163,7 @@ def _reuse(
 
     def attend(interpret: bool) -> Callable[..., Any]:
         return pl.pallas_call(
-            partial(_reuse_kernel, tile_size=M, query_tile=Y, window=selection.window),
+            partial(_reuse_kernel, tile_size=M, query_tile=Y, window=window),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=3,
                 grid=(Q, C),
@@ -147,7 +181,7 @@ def _reuse(
             name="kascade_reuse",
         )
 
-    run, rows_Q = _on_tpu_or_interpreted(attend), layout.local_positions()[::Y]
+    run, rows_Q = on_tpu_or_interpreted(attend), layout.local_positions()[::Y]
     heads = (used_ZQ, tiles_ZQC.reshape(B * K, Q * C), q_ZQRH, k_BKHS.reshape(B * K, H, S), v_BKSH.reshape(B * K, S, H))
     out_ZQRH = lax.map(lambda head: run(rows_Q, *head), heads)
     return out_ZQRH.reshape(B, K, Q, N // K, Y, H).transpose(0, 2, 4, 1, 3, 5).reshape(B, T, N, H)
@@ -182,7 +216,7 @@ def _reuse_kernel(
     @pl.when(c < used_ref[i])
     def _():
         q_RH = q_ref[0]
-        scores = _product(q_RH, k_ref[...], 1, 0) * q_RH.shape[-1] ** -0.5
+        scores = product(q_RH, k_ref[...], 1, 0) * q_RH.shape[-1] ** -0.5
         key = tiles_ref[i * (last + 1) + c] * tile_size + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         row = rows_ref[i] + lax.rem(lax.broadcasted_iota(jnp.int32, scores.shape, 0), query_tile)
         scores = jnp.where(visible(row, key, window), scores, MASKED)
@@ -191,7 +225,7 @@ def _reuse_kernel(
         shrink = jnp.exp(top_ref[...] - top)
         top_ref[...] = top
         total_ref[...] = total_ref[...] * shrink + weights.sum(-1, keepdims=True)
-        sum_ref[...] = sum_ref[...] * shrink + _product(weights.astype(v_ref.dtype), v_ref[...], 1, 0)
+        sum_ref[...] = sum_ref[...] * shrink + product(weights.astype(v_ref.dtype), v_ref[...], 1, 0)
 
     @pl.when(c == last)
     def _():
@@ -203,11 +237,13 @@ def _reuse_kernel(
 
 def choose(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: Layout) -> jax.Array:
     """As `attention.choose`."""
+    if selection.tile_size < LEAST_TILE:
+        return tpu_small.choose(q_BTNH, k_BKHS, selection, layout)
     check(selection, layout.length, q_BTNH.shape[-1], q_BTNH.dtype)
     B, K, H, _ = k_BKHS.shape
     M, Y = selection.tile_size, selection.query_tile
     offsets = selection.scored_rows()
-    q_ZQRH = _by_query_tile(q_BTNH, K, Y, offsets)
+    q_ZQRH = by_query_tile(q_BTNH, K, Y, offsets)
     _, Q, R, _ = q_ZQRH.shape
     P, at_once = layout.padded // M, min(TILES_AT_ONCE, layout.padded // M)
     steps, W = tile_count(P, at_once), at_once * M
@@ -235,7 +271,7 @@ def choose(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: L
             name="kascade_score",
         )
 
-    run, num_tiles = _on_tpu_or_interpreted(score), tile_count(layout.length, M)
+    run, num_tiles = on_tpu_or_interpreted(score), tile_count(layout.length, M)
 
     def choose_head(head: tuple[jax.Array, jax.Array]) -> jax.Array:
         scores_QP = run(rows_Q, rows_QR[:, None], *head).reshape(Q, steps * at_once)[:, :num_tiles]
@@ -262,7 +298,7 @@ def _score_kernel(first_ref, row_ref, q_ref, k_ref, out_ref, tops_ref, mass_ref,
     @pl.when(j * W < first_ref[i] + query_tile)
     def _():
         q_RH = q_ref[0]
-        scores_WR = _product(k_ref[...], q_RH, 0, 1) * q_RH.shape[-1] ** -0.5
+        scores_WR = product(k_ref[...], q_RH, 0, 1) * q_RH.shape[-1] ** -0.5
         key = j * W + lax.broadcasted_iota(jnp.int32, scores_WR.shape, 0)
         scores_WR = jnp.where(visible(row_ref[0], key, window), scores_WR, MASKED)
         top = scores_WR.max(0, keepdims=True)
@@ -276,23 +312,6 @@ def _score_kernel(first_ref, row_ref, q_ref, k_ref, out_ref, tops_ref, mass_ref,
         total = mass.sum((0, 1), keepdims=True)
         real = (row_ref[0] < length)[None]  # rows of padding choose nothing
         out_ref[0] = jnp.where(real, mass / total, 0.0).sum(-1)
-
-
-def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    """Matrix product over one axis of each; the result is float32, and float32 inputs are not rounded."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _by_query_tile(q_BTNH: jax.Array, num_kv_heads: int, query_tile: int, rows: Any = None) -> jax.Array:
-    """q_ZQRH: for each KV head and query tile the rows (or the given ones) of all its query heads."""
-    B, T, N, H = q_BTNH.shape
-    q_BQYKGH = q_BTNH.reshape(B, T // query_tile, query_tile, num_kv_heads, N // num_kv_heads, H)
-    if rows is not None and len(rows) < query_tile:
-        q_BQYKGH = q_BQYKGH[:, :, rows]
-    q_BKQGYH = q_BQYKGH.transpose(0, 3, 1, 4, 2, 5)
-    return q_BKQGYH.reshape(B * num_kv_heads, T // query_tile, -1, H)
 
 
 # --- Decoding ---
@@ -376,11 +395,3 @@ def _pages_at_once(page: int) -> int:
 def _whole_blocks(pages: int, page: int) -> int:
     """The length of a list of so many pages, which the kernel goes through in whole blocks."""
     return tile_count(pages, _pages_at_once(page)) * _pages_at_once(page)
-
-
-# --- Elsewhere ---
-
-
-def _on_tpu_or_interpreted(make: Callable[[bool], Callable[..., Any]]) -> Callable[..., Any]:
-    """make(interpret): compiled where the program is lowered for a TPU, interpreted elsewhere."""
-    return lambda *args: lax.platform_dependent(*args, tpu=make(False), default=make(True))

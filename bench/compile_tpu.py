@@ -3,7 +3,8 @@
 The TPU's compiler (the package libtpu) runs on any Linux machine. Each row is one program for one chip of a topology:
 a layer's dense, anchor or reuse attention, or a whole block, of a LLaMA's shape, in bfloat16, with tiles of 128 and
 Top-K 10 % of the tiles; then one layer's step of decoding, with the cache that it reads. FLOPs are those of the matrix
-products in the traced program, times the steps of loops and grids that they are in.
+products in the traced program, times the steps of loops and grids that they are in. A second table has the default
+flags, tiles of 16 and Top-K 12: attention of one layer, the vector memory of each kernel, and the whole model.
 
   python -m bench.compile_tpu --markdown table.md        # needs: pip install -r bench/requirements-tpu.txt
 """
@@ -22,7 +23,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ KINDS = (*ATTENTION, "block")
 TILE = 128
 STEPS = ("dense", "anchor", "reuse")  # of decoding
 DEPTHS, BATCHES = (8192, 32768, 131072), (1, 16)
+GUIDE = Selection()  # the default flags' tiles of 16 and Top-K 12
+GUIDE_LENGTHS = (512, 2048, 8192, 32768, 131072)
+GUIDE_MODELS = (512, 2048)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +73,8 @@ class CompiledProgram:
     hbm_bytes: int  # arguments, results and temporaries
     tflops: float  # of matrix products
     largest: int  # elements of the largest array in the compiled program
+    temporaries: int  # bytes of HBM
+    vmem_bytes: dict[str, int]  # of a core's vector memory, by the kernel's name
 
 
 def use_compiler_alone() -> None:
@@ -94,7 +100,7 @@ def program(kind: str, config: LlamaConfig, length: int, selection: Selection) -
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     qkv = [shape((1, length, N, H)), shape((1, K, H, length)), shape((1, K, length, H))]
-    slots = selection.slots(tile_count(length, TILE))
+    slots = selection.slots(tile_count(length, selection.tile_size))
     tiles_BKQC = shape((1, K, tile_count(length, selection.query_tile), slots), dtype=jnp.int32)
     if kind == "dense":
         return partial(attention.dense, kernel="pallas_tpu"), qkv
@@ -128,15 +134,23 @@ def on_every_chip(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
-def compile_row(topology: str, shape: str, length: int, kind: str, share: float = 0.1) -> CompiledProgram:
-    """Compiles one program for one chip."""
+def compile_row(
+    topology: str, shape: str, length: int, kind: str, selection: Selection | None = None
+) -> CompiledProgram:
+    """Compiles one program for one chip; without a selection, with tiles of 128 and Top-K 10 % of them."""
     mesh = mesh_of(topology)
-    function, args = program(kind, SHAPES[shape], length, select(length, share))
+    function, args = program(kind, SHAPES[shape], length, selection or select(length))
     args = on_every_chip(args, mesh)
     compiled = compile_ahead(function, args, mesh)
     flops = count_flops(jax.make_jaxpr(function)(*args).jaxpr)
+    return describe(compiled, topology, shape, length, kind, flops / 1e12)
+
+
+def describe(compiled: Any, topology: str, shape: str, length: int, kind: str, tflops: float = 0.0) -> CompiledProgram:
+    """What the compiler says of a program."""
+    text, temporaries = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
     return CompiledProgram(
-        topology, shape, length, kind, hbm_bytes(compiled), flops / 1e12, largest_array(compiled.as_text())
+        topology, shape, length, kind, hbm_bytes(compiled), tflops, largest_array(text), temporaries, vmem_bytes(text)
     )
 
 
@@ -180,7 +194,7 @@ def compile_step(topology: str, shape: str, depth: int, batch: int, kind: str) -
     function, args = step_program(kind, config, depth, batch, selection, kernel)
     compiled = compile_ahead(function, on_every_chip(args, mesh), mesh)
     name = f"{kind} step, batch {batch}, {'xla' if kind == 'anchor' else kernel}"
-    return CompiledProgram(topology, shape, depth, name, hbm_bytes(compiled), 0.0, largest_array(compiled.as_text()))
+    return describe(compiled, topology, shape, depth, name)
 
 
 def cache_bytes(config: LlamaConfig, depth: int, batch: int) -> int:
@@ -188,19 +202,21 @@ def cache_bytes(config: LlamaConfig, depth: int, batch: int) -> int:
     return 2 * 2 * batch * config.num_key_value_heads * config.head_dim * depth
 
 
-def compile_model(topology: str, shape: str, length: int, chips: int = 1) -> CompiledProgram:
+def compile_model(
+    topology: str, shape: str, length: int, chips: int = 1, selection: Selection | None = None
+) -> CompiledProgram:
     """Compiles a whole model's forward with its loss: one dense layer, an anchor in every fourth, the rest reuse."""
     config, mesh = SHAPES[shape], mesh_of(topology, chips)
     schedule = {i: (ANCHOR, None) if i % 4 == 1 else (REUSE, i - (i - 1) % 4) for i in range(config.num_hidden_layers)}
-    model = LlamaModel(config, {**schedule, 0: (DENSE, None)}, select(length), dtype=jnp.bfloat16, kernel="pallas_tpu")
+    schedule[0] = DENSE, None
+    selection = selection or select(length)
+    model = LlamaModel(config, schedule, selection, dtype=jnp.bfloat16, kernel="pallas_tpu")
     ids = on_every_chip(jax.ShapeDtypeStruct((1, length), jnp.int32), mesh)
     params = jax.eval_shape(
         partial(LlamaModel(config).init, jax.random.key(0)), jax.ShapeDtypeStruct((1, 2), jnp.int32)
     )
     compiled = model.compile(on_every_chip(parameter_shapes(params), mesh), ids, mesh).program
-    return CompiledProgram(
-        topology, shape, length, "model", hbm_bytes(compiled), 0.0, largest_array(compiled.as_text())
-    )
+    return describe(compiled, topology, shape, length, "model")
 
 
 def hbm_bytes(compiled: Any) -> int:
@@ -212,6 +228,21 @@ def hbm_bytes(compiled: Any) -> int:
 def largest_array(text: str) -> int:
     """Elements of the largest array that a compiled program's text names."""
     return max(math.prod(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))
+
+
+KERNEL = re.compile(
+    r"%(?P<name>kascade_[a-z_]+)[.\d]* = .*"
+    r'"scoped_memory_configs":\[{"memory_space":"1","offset":"(?P<start>\d+)".*'
+    r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"0","size":"(?P<end>\d+)"'
+)
+
+
+def vmem_bytes(text: str) -> dict[str, int]:
+    """By the name of each kernel of ours in a compiled program's text: the vector memory that it takes itself.
+
+    Arrays that XLA puts into vector memory for it, as it does while they are small, are not counted.
+    """
+    return {found["name"]: int(found["end"]) - int(found["start"]) for found in KERNEL.finditer(text)}
 
 
 def count_flops(jaxpr: Any) -> int:
@@ -248,6 +279,27 @@ def format_row(rows: Sequence[CompiledProgram]) -> str:
     return f"| {row.shape} | {row.length} | {row.kind} | {sizes} | {flops} |"
 
 
+def format_guide_row(rows: Sequence[CompiledProgram]) -> str:
+    """A line of the table of the default flags: one program, compiled for every topology."""
+    cells = []
+    for row in rows:
+        vmem = ", ".join(f"{size / 2**20:.2f}" for size in row.vmem_bytes.values())
+        cells += [f"{row.hbm_bytes / 1e9:.3f} ({row.temporaries / 1e9:.3f})", vmem]
+    return f"| {rows[0].length} | {rows[0].kind} | {' | '.join(cells)} |"
+
+
+def guide_table() -> Iterator[str]:
+    """The lines of the table of the default flags."""
+    name = "llama3.2-1b"
+    sizes = " | ".join(f"HBM (temporaries), GB, {chip} | VMEM, MiB" for chip in TOPOLOGIES)
+    yield f"\n| tokens | program | {sizes} |"
+    yield "|---" * (2 + 2 * len(TOPOLOGIES)) + "|"
+    for length, kind in tqdm([*itertools.product(GUIDE_LENGTHS, ATTENTION)], disable=None):
+        yield format_guide_row([compile_row(chip, name, length, kind, GUIDE) for chip in TOPOLOGIES])
+    for length in GUIDE_MODELS:
+        yield format_guide_row([compile_model(chip, name, length, selection=GUIDE) for chip in TOPOLOGIES])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -267,6 +319,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = compile_model("v5e", "llama3.2-1b", 8192, chips)
         lines.append(f"\nThe whole llama3.2-1b, 8192 tokens, on {chips} v5e: {model.hbm_bytes / 1e9:.2f} GB a chip.")
         print(lines[-1])
+    for line in guide_table():
+        lines.append(line)
+        print(line, flush=True)
     if args.markdown:
         args.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0

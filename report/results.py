@@ -694,6 +694,7 @@ class Machine:
     kind: str
     count: int
     processor: str
+    compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         kind = self.processor if self.platform == "cpu" else self.kind

@@ -94,7 +94,7 @@ MUTANTS = [
     Mutant(
         "CPU programs are compiled without their options",
         "attention/sharding.py",
-        "compiler_options=CPU_OPTIONS if on_cpu else None",
+        "compiler_options=options or None",
         "compiler_options=None",
         "test_llama_model.py",
     ),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import attention
-from attention import KERNELS, gpu
+from attention import KERNELS, gpu, tpu_small
 from attention.sharding import Layout, compile_ahead, pad_axis
 from errors import UnsupportedError
 from kascade_core import EXACT, FAST, NO_TILE, Selection, cut_tiles, select_tiles, tile_count
@@ -44,10 +44,14 @@ SHAPES = {
         Shape(2, 1, 4, 2, 6, 3, 1, 256),
         Shape(1, 150, 2, 1, 4, 16, 4, 64),
     ],
-    "pallas_tpu": [  # key tiles of 128: several blocks, a rest, less than one tile
+    "pallas_tpu": [  # key tiles of 128: several blocks, a rest, less than one tile; smaller ones, of each size
         Shape(1, 300, 4, 2, 64, 128, 2, 256),
         Shape(1, 520, 3, 3, 16, 128, 3, 128),
         Shape(2, 100, 6, 2, 10, 128, 1, 256),
+        Shape(1, 300, 4, 2, 64, 16, 4, 256),
+        Shape(2, 200, 3, 1, 10, 8, 18, 256),
+        Shape(1, 330, 6, 2, 16, 64, 3, 128),
+        Shape(1, 700, 2, 1, 128, 32, 18, 256),  # more chosen keys than a block has
     ],
     "pallas_gpu": [  # every size of tile: groups that are no power of two, several tiles in a step, rows in several parts
         Shape(1, 300, 4, 2, 64, 16, 4, 256),
@@ -65,6 +69,7 @@ CASES = [(kernel, shape) for kernel, shapes in SHAPES.items() for shape in shape
 ONE_SHAPE = [  # sixteen tiles, of which the last has a row or three
     ("xla", Shape(1, 61, 6, 2, 10, 4, 3, 32)),
     ("pallas_tpu", Shape(1, 15 * 128 + 3, 2, 1, 8, 128, 3, 256)),
+    ("pallas_tpu", Shape(1, 15 * 16 + 3, 2, 1, 8, 16, 3, 256)),
     ("pallas_gpu", Shape(1, 15 * 16 + 3, 2, 1, 64, 16, 3, 256)),
 ]
 
@@ -79,20 +84,24 @@ QUERY_TILES = [  # of the key tile's size, larger, and smaller: every shape once
     ("pallas_tpu", TPU[0], 32),
     ("pallas_tpu", TPU[1], 128),
     ("pallas_tpu", TPU[2], 128),
+    ("pallas_tpu", TPU[3], 64),
+    ("pallas_tpu", TPU[4], 8),
+    ("pallas_tpu", TPU[5], 16),
+    ("pallas_tpu", TPU[6], 32),
     ("pallas_gpu", GPU[0], 8),
     ("pallas_gpu", GPU[0], 16),
     ("pallas_gpu", GPU[1], 64),
     ("pallas_gpu", GPU[2], 64),
     ("pallas_gpu", GPU[3], 128),
 ]
-REUSED = [*QUERY_TILES[::2], QUERY_TILES[9], QUERY_TILES[11]]  # these two share the cases: each has every kernel
-CHOSEN = [*QUERY_TILES[1::2], QUERY_TILES[10]]
-SIZES = {"xla": (0.5, 1, 2), "pallas_tpu": (0.25, 1), "pallas_gpu": (0.5, 1, 2)}
+REUSED = [*QUERY_TILES[::2], QUERY_TILES[13], QUERY_TILES[15]]  # these two share the cases: each has every kernel
+CHOSEN = [*QUERY_TILES[1::2], QUERY_TILES[14]]
+SIZES = {"xla": (0.5, 1, 2), "pallas_tpu": (0.25, 1, 4), "pallas_gpu": (0.5, 1, 2)}
 EVERY_QUERY_TILE = [
     (kernel, shape, int(factor * shape.tile_size))
     for kernel, shape in CASES
     for factor in SIZES[kernel]
-    if not factor * shape.tile_size % 1 and (kernel != "pallas_gpu" or 8 <= factor * shape.tile_size <= 128)
+    if not factor * shape.tile_size % 1 and (kernel == "xla" or 8 <= factor * shape.tile_size <= 128)
 ]
 
 
@@ -306,15 +315,19 @@ def test_an_anchor_attends_to_what_it_chose(kernel, shape, dtype):
     check_error(out[:, : shape.T], qkv, visible_tiles(tiles, shape.tile_size, shape.tile_size, shape.T))
 
 
-SMALL = [("xla", XLA[0]), ("pallas_tpu", TPU[0]), ("pallas_gpu", GPU[1])]
+SMALL = [("xla", XLA[0]), ("pallas_tpu", TPU[0]), ("pallas_tpu", TPU[6]), ("pallas_gpu", GPU[1])]
+
+
+def all_tiles(shape):
+    """Every causal tile, for query tiles of the key tile's size."""
+    all_P = np.arange(tile_count(shape.T, shape.tile_size), dtype=np.int32)
+    return np.broadcast_to(np.where(all_P <= all_P[:, None], all_P, NO_TILE), (shape.B, shape.K, *[len(all_P)] * 2))
 
 
 @pytest.mark.parametrize(("kernel", "shape"), [case if case in SMALL else full(*case) for case in CASES])
 def test_reuse_of_all_tiles_equals_dense(kernel, shape):
-    qkv = inputs(shape, DTYPES[kernel][0])
-    all_P = np.arange(tile_count(shape.T, shape.tile_size), dtype=np.int32)
-    tiles = np.broadcast_to(np.where(all_P <= all_P[:, None], all_P, NO_TILE), (shape.B, shape.K, *[len(all_P)] * 2))
-    check_error(reuse(kernel, shape, *qkv, tiles, selection=Selection(tile_size=shape.tile_size)), qkv, causal(shape.T))
+    qkv, selection = inputs(shape, DTYPES[kernel][0]), Selection(tile_size=shape.tile_size)
+    check_error(reuse(kernel, shape, *qkv, all_tiles(shape), selection=selection), qkv, causal(shape.T))
 
 
 WINDOWS = [  # several blocks of keys, some out of sight; a window of no whole tiles, one within a tile, one beyond the text
@@ -322,6 +335,9 @@ WINDOWS = [  # several blocks of keys, some out of sight; a window of no whole t
     ("xla", XLA[0], 8, 3),
     full("xla", XLA[0], 4, 99),
     ("pallas_tpu", TPU[0], 32, 140),
+    ("pallas_tpu", TPU[3], 64, 40),
+    full("pallas_tpu", TPU[5], 16, 129),
+    full("pallas_tpu", TPU[4], 8, 3),
     ("pallas_gpu", GPU[0], 16, 40),
     full("pallas_gpu", GPU[2], 64, 129),
 ]
@@ -398,6 +414,7 @@ def test_rows_of_padding_choose_nothing(kernel, shape):
     ("kernel", "shape"),
     [
         ONE_SHAPE[0],
+        ("pallas_tpu", TPU[3]),
         full("pallas_tpu", TPU[1]),
         full("pallas_gpu", GPU[0]),
     ],
@@ -443,6 +460,8 @@ def test_choose_chooses_by_score():
             "a query_tile that is a multiple of 8 and at most tile_size, 128, got 256",
         ),
         ({"tile_size": 128, "query_tile": 4}, "multiple of 8 and at most tile_size, 128, got 4"),
+        ({"tile_size": 48}, "take a tile_size of 8, 16, 32, 64 or a multiple of 128, got 48"),
+        ({"tile_size": 16, "query_tile": 4}, "of 16 the TPU kernels take a query_tile of 8, 16, 32, 64, 128, got 4"),
     ],
 )
 def test_the_tpu_kernels_name_sizes_that_they_take(sizes, match):
@@ -473,6 +492,58 @@ def test_tiles_beyond_the_tpus_scalar_memory_are_refused_with_what_would_fit():
     check(dataclasses.replace(selection, query_tile=128))  # as the message says
     with pytest.raises(UnsupportedError, match=f"{fits + 1} tiles for each"):
         check(selection.with_top_k(fits), slots=fits + 1)  # a head's budget larger than top_k
+
+
+def test_small_tiles_beyond_the_tpus_scalar_memory_are_refused_with_what_would_fit():
+    def check(top_k, query_tile=8, slots=None):
+        selection = Selection(tile_size=8, query_tile=query_tile, top_k=top_k)
+        attention.check("pallas_tpu", selection, 65536, 64, jnp.bfloat16, slots=slots)
+
+    check(7168)
+    with pytest.raises(UnsupportedError, match=r"7169 tiles for each of 16 query tiles; top_k up to 7168 would fit"):
+        check(7169)
+    check(7169, query_tile=16)  # as the message says
+    with pytest.raises(UnsupportedError, match="7169 tiles for each"):
+        check(12, slots=7169)
+
+
+def test_a_head_beyond_the_tpus_vector_memory_is_refused_with_what_would_fit():
+    def check(length, head_dim=64, dtype=jnp.bfloat16):
+        attention.check("pallas_tpu", Selection(), length, head_dim, dtype)
+
+    check(131072)
+    check(131072, None)
+    match = r"vector memory holds .* about (\d+) tokens with a tile_size of 16, got 131072 tokens; a tile_size of 128"
+    with pytest.raises(UnsupportedError, match=match) as error:
+        check(131072, dtype=jnp.float32)
+    fits = int(re.search(match, str(error.value)).group(1))
+    check(fits - 16, dtype=jnp.float32)
+    with pytest.raises(UnsupportedError, match="tokens"):
+        check(fits + 16, dtype=jnp.float32)
+
+
+def test_tiles_of_a_head_beyond_vector_memory_are_copied_from_outside_to_the_same_bits(monkeypatch):
+    """In two blocks of keys, of which one is copied while the other is multiplied, and in one."""
+    for shape in (TPU[6], TPU[4]):
+        qkv, tiles = inputs(shape, jnp.bfloat16), all_tiles(shape)
+        options = {"selection": Selection(tile_size=shape.tile_size)}
+        with monkeypatch.context() as patched:
+            patched.setattr(tpu_small, "_reuse_bytes", lambda *sizes: tpu_small.VMEM_BYTES + 1)
+            compiled.cache_clear()
+            outside = reuse("pallas_tpu", shape, *qkv, tiles, **options)
+        compiled.cache_clear()
+        np.testing.assert_array_equal(outside, reuse("pallas_tpu", shape, *qkv, tiles, **options))
+
+
+def test_dense_on_a_tpu_pads_blocks_of_small_tiles():
+    shape = Shape(1, 200, 4, 2, 16, 16, 0, 0)
+    q, k, v = inputs(shape, jnp.float32)
+    layout = Layout.of(200, 16)
+    assert layout.padded % 128
+    args = pad_axis(q, 1, layout.padded), pad_axis(k, 3, layout.padded), pad_axis(v, 2, layout.padded)
+    out = compile_ahead(functools.partial(attention.dense, layout=layout, kernel="pallas_tpu"), args)(*args)
+    assert out.shape[1] == layout.padded
+    check_error(np.asarray(out[:, :200]), (q, k, v), causal(200))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Blocks, their zigzag over devices, and attention split over several devices, which computes what one does."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from test_attention import Shape, causal, check_error, full, inputs, naive_choice, visible_tiles
 
 import attention
+from attention import sharding
 from attention.sharding import (
     BLOCK,
     ROWS,
@@ -98,11 +100,12 @@ def test_gather_keys_brings_the_sequence_in_its_order(axis):
     np.testing.assert_array_equal(compile_ahead(shard(gather, mesh, spec, WHOLE), args, mesh)(*args), keys)
 
 
-SHAPES = {  # lengths that are no multiple of the devices' blocks
-    "xla": (Shape(2, 203, 6, 2, 10, 8, 3, 16), jnp.float32),
-    "pallas_tpu": (Shape(1, 650, 4, 2, 16, 128, 3, 256), jnp.float32),
-    "pallas_gpu": (Shape(1, 150, 3, 1, 64, 16, 3, 32), jnp.float16),
-}
+SPLIT = [  # lengths that are no multiple of the devices' blocks
+    ("xla", Shape(2, 203, 6, 2, 10, 8, 3, 16), jnp.float32),
+    ("pallas_tpu", Shape(1, 650, 4, 2, 16, 128, 3, 256), jnp.float32),
+    ("pallas_tpu", Shape(1, 250, 4, 2, 16, 16, 3, 48), jnp.float32),
+    ("pallas_gpu", Shape(1, 150, 3, 1, 64, 16, 3, 32), jnp.float16),
+]
 
 
 def run_split(function, shape, qkv, out_specs):
@@ -114,17 +117,15 @@ def run_split(function, shape, qkv, out_specs):
     return layout, compile_ahead(split, args, mesh)(*args)
 
 
-@pytest.mark.parametrize("kernel", SHAPES)
-def test_dense_split_over_devices_equals_naive(kernel):
-    shape, dtype = SHAPES[kernel]
+@pytest.mark.parametrize(("kernel", "shape", "dtype"), SPLIT)
+def test_dense_split_over_devices_equals_naive(kernel, shape, dtype):
     qkv = inputs(shape, dtype)
     layout, out = run_split(functools.partial(attention.dense, kernel=kernel), shape, qkv, ROWS)
     check_error(layout.collect(out, 1)[:, : shape.T], qkv, causal(shape.T))
 
 
-@pytest.mark.parametrize("kernel", SHAPES)
-def test_a_choice_split_over_devices_equals_naive(kernel):
-    shape, dtype = SHAPES[kernel]
+@pytest.mark.parametrize(("kernel", "shape", "dtype"), SPLIT)
+def test_a_choice_split_over_devices_equals_naive(kernel, shape, dtype):
     q, k, v = inputs(shape, dtype)
     selection = Selection(tile_size=shape.tile_size, top_k=shape.top_k)
 
@@ -136,9 +137,10 @@ def test_a_choice_split_over_devices_equals_naive(kernel):
     np.testing.assert_array_equal(tiles, naive_choice(q, k, selection))
 
 
-@pytest.mark.parametrize("kernel", ["xla", full("pallas_tpu"), full("pallas_gpu")])
-def test_an_anchor_split_over_devices_attends_to_what_it_chose(kernel):
-    shape, dtype = SHAPES[kernel]
+@pytest.mark.parametrize(
+    ("kernel", "shape", "dtype"), [case if case in (SPLIT[0], SPLIT[2]) else full(*case) for case in SPLIT]
+)
+def test_an_anchor_split_over_devices_attends_to_what_it_chose(kernel, shape, dtype):
     qkv, selection = inputs(shape, dtype), Selection(tile_size=shape.tile_size, top_k=shape.top_k)
     anchor = functools.partial(attention.anchor, selection=selection, kernel=kernel)
     layout, (out, tiles) = run_split(anchor, shape, qkv, (ROWS, TILES))
@@ -168,3 +170,26 @@ def test_cpu_programs_are_compiled_with_its_options(mesh, monkeypatch):
     monkeypatch.setattr(jax, "jit", lambda function, **options: asked.append(options) or jit(function, **options))
     assert compile_ahead(jnp.sin, (jnp.ones(3),), mesh and make_mesh(jax.devices()))(jnp.ones(3)).shape == (3,)
     assert asked[0]["compiler_options"] == {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+class Chip(NamedTuple):
+    """A device of a platform that is not here."""
+
+    platform: str
+
+
+def test_a_tpus_programs_are_compiled_with_those_options_that_its_compiler_has(monkeypatch):
+    options = {"xla_tpu_offload_gather_to_sparsecore": "false", "xla_of_another_release": "true"}
+    monkeypatch.setattr(sharding, "TPU_OPTIONS", options)
+    monkeypatch.setattr(sharding, "_is_known", lambda name, value, device: name in [*options][:1])
+    assert sharding.compiler_options(Chip("tpu")) == {"xla_tpu_offload_gather_to_sparsecore": "false"}
+    assert sharding.compiler_options(Chip("gpu")) == {}
+    sharding.compiler_options.cache_clear()
+
+
+def test_an_option_is_known_if_the_compiler_takes_it():
+    cpu = jax.devices()[0]
+    assert sharding._is_known("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_DEFAULT", cpu)
+    assert not sharding._is_known("xla_of_another_release", "true", cpu)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="nonsense"):  # another error is not taken for an answer
+        sharding._is_known("xla_cpu_scheduler_type", "nonsense", cpu)

@@ -114,13 +114,16 @@ def test_the_ratio_of_dtypes_is_bfloat16s_time_over_float32s(monkeypatch):
 def test_auto_kernel_is_the_devices_own_where_it_takes_the_sizes():
     small, large = Selection(tile_size=16), Selection(tile_size=128)
     pick = partial(machine.pick_kernel, length=8192, head_dim=64, dtype="bfloat16", capability=None)
-    assert pick("auto", "tpu", large) == ("pallas_tpu", "the one for a TPU")
+    for selection in (small, large):
+        assert pick("auto", "tpu", selection) == ("pallas_tpu", "the one for a TPU")
     assert pick("auto", "gpu", small) == ("pallas_gpu", "the one for a GPU")
     assert pick("auto", "cpu", large) == ("xla", "the one for a CPU")
     assert pick("xla", "tpu", large) == ("xla", "as asked")
-    kernel, why = pick("auto", "tpu", small)
-    assert kernel == "xla"
-    assert "pallas_tpu does not support these sizes: " in why and "128" in why and "got 16" in why
+    for sizes, got in (({"tile_size": 48}, "got 48"), ({"length": 2**20}, "got 1048576 tokens")):
+        length = sizes.pop("length", 8192)
+        kernel, why = pick("auto", "tpu", Selection(**sizes), length=length)
+        assert kernel == "xla"
+        assert "pallas_tpu does not support these sizes: " in why and "128" in why and got in why
 
 
 def test_a_kernel_of_another_device_is_interpreted_and_the_run_says_so():

@@ -13,7 +13,13 @@ from measure.settings import make_parser
 from report.results import FORMAT_VERSION, read_report, write_json
 
 SCHEMA = (Path(__file__).parents[1] / "docs" / "schema.md").read_text(encoding="utf-8")
-OPEN = ("config", "versions", "texts", "timing.attention_ms")  # objects whose names are the run's
+OPEN = (
+    "config",
+    "versions",
+    "texts",
+    "timing.attention_ms",
+    "device.compiler_options",
+)  # objects whose names are the run's
 
 
 def is_number(value):
