@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,8 +32,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 import convert_weights
-from attention.sharding import compiler_options, make_mesh
-from errors import ctrl_c_raises, exit_on_bad_input
+from attention.sharding import compiler_options, first_device, make_mesh
+from errors import ctrl_c_raises
 from kascade_core import (
     Schedule,
     attended_tiles,
@@ -43,6 +44,7 @@ from kascade_core import (
     tile_count,
 )
 from llama_model import Forward, LlamaConfig, LlamaModel, Output, count_parameters, load_weights
+from measure import hosts
 from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, measure_task, oracle_of
 from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depth
 from measure.densities import map_tiles, measure_density
@@ -74,6 +76,9 @@ from report.results import (
     TextUsed,
     Timing,
     is_stdout,
+    schedule_sha256,
+    settings_to_json,
+    versions,
     write_json,
     write_text,
 )
@@ -87,11 +92,16 @@ Say = Callable[[str], None]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark from flags to report. Returns 0; bad input exits with code 2."""
     settings = Settings.from_flags(argv, __doc__)
-    beside = contextlib.redirect_stdout(sys.stderr) if is_stdout(settings.json) else contextlib.nullcontext()
-    with exit_on_bad_input(settings.debug):
-        with beside:  # the report alone goes to the standard output where it is asked for there
+    with hosts.ending_together(settings.debug):
+        hosts.join(settings.coordinator, settings.num_processes, settings.process_id, settings.device)
+        beside = contextlib.redirect_stdout(sys.stderr) if is_stdout(settings.json) else contextlib.nullcontext()
+        with (
+            beside,
+            hosts.first_alone_prints(),
+        ):  # the report alone is on the standard output where it is asked for there
             results = run(settings, list(sys.argv[1:] if argv is None else argv))
-        write_outputs(settings, results)
+        if hosts.is_first():
+            write_outputs(settings, results)
     return 0
 
 
@@ -117,6 +127,7 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
     """The benchmark, step by step."""
     say: Say = (lambda _: None) if settings.quiet else show
     say(console.configuration(settings))
+    check_flags_agree(settings)
     settings.check_files()
     setup = prepare(settings, say)
     plans, calibration, limit_check = make_schedule(setup, say)
@@ -164,13 +175,13 @@ def run(settings: Settings, command: Sequence[str]) -> Results:
             setup.model, setup.params, windows.test[0], both.sparse_model.schedule, both.attended, setup.mesh
         )
         results = dataclasses.replace(results, tile_maps=maps)
-    earlier = earlier_rows(settings.json, results)
+    earlier = hosts.from_first(earlier_rows(settings.json, results))
     if settings.densities:
         results = measure_densities(setup, both, calibration, results, earlier)
     if settings.sweep:
         results = measure_sweep(setup, both, results, earlier, meaning)
     results = decode(setup, both, results, earlier)
-    return dataclasses.replace(results, peak_memory_bytes=peak_memory(setup.mesh.devices.flat[0]))
+    return dataclasses.replace(results, peak_memory_bytes=peak_memory(first_device(setup.mesh)))
 
 
 # --- Its parts ---
@@ -220,10 +231,12 @@ def prepare(settings: Settings, say: Say) -> Setup:
     """Device, weights and texts."""
     say(f"🖥️  Configuring JAX to use {settings.device.upper()}...")
     devices = configure_device(settings.device)
+    hosts.check_devices()
     mesh = make_mesh(devices)
-    options = compiler_options(devices[0])
+    options = compiler_options(first_device(mesh))
     machine = Machine(settings.device, devices[0].device_kind, len(devices), processor_name(), options)
-    say(f"✓ JAX using {len(devices)} {settings.device.upper()} device(s): {[device.id for device in devices]}\n")
+    where = f" of {hosts.num_processes()} processes" * (hosts.num_processes() > 1)
+    say(f"✓ JAX using {len(devices)} {settings.device.upper()} device(s){where}: {[device.id for device in devices]}\n")
 
     weights_dir, manifest = find_weights(settings, say)
     saved = None
@@ -244,7 +257,8 @@ def prepare(settings: Settings, say: Say) -> Setup:
     settings = settings_as_run(settings, windows)
     tasks = make_tasks(tokenizer, settings)
     model = LlamaModel(manifest.config, None, settings.selection, dtype=dtype, kernel=settings.kernel)
-    check_decoding(model, settings, devices[0])
+    check_inputs_agree(manifest, saved, windows, tasks)
+    check_decoding(model, settings, first_device(mesh))
     return Setup(
         settings, machine, mesh, weights_dir, manifest, described, saved, model, params, tokenizer, windows, tasks
     )
@@ -260,10 +274,10 @@ def make_schedule(setup: Setup, say: Say) -> tuple[Schedule, Calibration | None,
         calibration = Calibration(setup.model, setup.params, setup.windows.calibration, setup.mesh)
         if settings.verbose:
             say("\n".join(console.chosen_tiles(layer, tiles) for layer, tiles in calibration.tiles.items()))
-        plans, limit_check = find_schedule(settings, calibration)
+        plans, limit_check = hosts.from_first(find_schedule(settings, calibration))
     say("\n⚡ Generating Optimized Schedule:")
     say(console.schedule(plans, settings))
-    if settings.save_schedule:
+    if settings.save_schedule and hosts.is_first():
         save_schedule(settings.save_schedule, plans, settings.selection, setup.manifest, setup.windows.calibration)
         say(f"📝 Schedule written to {settings.save_schedule}")
     return plans, calibration, limit_check
@@ -302,7 +316,8 @@ def time_both(setup: Setup, both: Both, meaning: str, say: Say) -> tuple[Timing,
     say("  Warming up...\n  Timing Dense and Sparse in turn...\n")
     runs = {"dense": partial(both.dense, params, test_ids), "sparse": partial(both.sparse, params, test_ids)}
     samples = time_interleaved(runs, settings.n_runs)
-    timing = Timing(samples["dense"], samples["sparse"], both.dense.seconds, both.sparse.seconds)
+    compiling = hosts.slowest({"dense": [both.dense.seconds], "sparse": [both.sparse.seconds]})
+    timing = Timing(samples["dense"], samples["sparse"], compiling["dense"][0], compiling["sparse"][0])
     show(console.timing(timing, f"{meaning}; {settings.seq_len} tokens,\n    density {both.quality.density:.2%}"))
     attention_ms = time_interleaved(compile_attention(setup.model, settings.seq_len, setup.mesh), settings.n_runs)
     show("\n" + console.attention_alone(attention_ms))
@@ -399,6 +414,31 @@ def settings_as_run(settings: Settings, windows: Windows) -> Settings:
     )
 
 
+def check_flags_agree(settings: Settings) -> None:
+    """That all processes run the same program on the same flags, but for which process each is."""
+    if hosts.num_processes() == 1:
+        return
+    program = {"program": hosts.program_hash()} | versions()
+    hosts.agree(program, "install the same program with the same packages for every process")
+    flags = settings_to_json(settings)
+    given = {name: value for name, value in flags.items() if name not in ("coordinator", "process_id")}
+    hosts.agree(given, "give every process the same flags but --process_id")
+
+
+def check_inputs_agree(
+    manifest: Manifest, saved: SavedSchedule | None, windows: Windows, tasks: Sequence[Task]
+) -> None:
+    """That all processes have read the same weights, tokenizer, schedule and texts."""
+    if hosts.num_processes() == 1:
+        return
+    files = {"weights": manifest.fingerprint, "config": repr(manifest.config), "tokenizer": manifest.tokenizer}
+    files |= {"schedule": saved and schedule_sha256(saved.plans), "selection": saved and repr(saved.selection)}
+    hosts.agree(files, "give every process the same files")
+    ids = [*windows.calibration, *windows.test, *windows.following]
+    texts = {"text": hash_of(ids), "tasks": hashlib.sha256(repr(tasks).encode()).hexdigest()}
+    hosts.agree(texts, "give every process the same texts")
+
+
 def texts_used(windows: Windows, settings: Settings) -> dict[str, TextUsed]:
     """Which windows calibrated and which were tested."""
     parts = {"calibration": (settings.calib_text or settings.text, windows.calibration)}
@@ -411,12 +451,17 @@ def texts_used(windows: Windows, settings: Settings) -> dict[str, TextUsed]:
 def find_weights(settings: Settings, say: Say) -> tuple[Path, Manifest]:
     """The weights folder, made if it is the default one and missing, and its manifest."""
     weights_dir = settings.weights_dir or DEFAULT_WEIGHTS
-    with reading(weights_dir):
-        missing = not weights_dir.exists() or (weights_dir.is_dir() and not any(weights_dir.iterdir()))
-    if settings.weights_dir is None and missing:
-        say(f"📦 No weights in {weights_dir}: fetching and converting the default model...")
-        with ctrl_c_raises():
-            convert_weights.convert_default(weights_dir, say=lambda text: print(text, file=sys.stderr))
+
+    def make() -> None:
+        with reading(weights_dir):
+            missing = not weights_dir.exists() or (weights_dir.is_dir() and not any(weights_dir.iterdir()))
+        if missing:
+            say(f"📦 No weights in {weights_dir}: fetching and converting the default model...")
+            with ctrl_c_raises():
+                convert_weights.convert_default(weights_dir, say=lambda text: print(text, file=sys.stderr))
+
+    if settings.weights_dir is None:
+        hosts.in_turn(make)
     return weights_dir, read_manifest(weights_dir)
 
 
@@ -424,7 +469,7 @@ def resolve(settings: Settings, manifest: Manifest, devices: Sequence[jax.Device
     """The settings with everything decided that depends on the model and the machine."""
     config, device = manifest.config, settings.device
     settings = settings.for_model(config)
-    dtype, why_dtype = pick_dtype(settings.dtype, device, config)
+    dtype, why_dtype = hosts.from_first(pick_dtype(settings.dtype, device, config))
     longest = max([settings.seq_len, *settings.sweep])
     capability = getattr(devices[0], "compute_capability", None)
     kernel, why_kernel = pick_kernel(

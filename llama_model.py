@@ -31,6 +31,7 @@ from attention.sharding import (
     pad_axis,
     place,
     shard,
+    whole,
 )
 from attention.xla import matmul
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection, freeze_schedule, tile_count
@@ -541,7 +542,8 @@ class LlamaModel(nn.Module):
             nll, tiles, x_BTD, keys_values = dealt
             tiles = {layer: layout.collect(chosen, 2)[:, :, :num_query_tiles] for layer, chosen in tiles.items()}
             stream = layout.collect(x_BTD, 1)[:, :length]
-            return Output(layout.collect(nll, 1)[:, : length - 1], tiles, stream, keys_values)
+            nll, tiles = whole((layout.collect(nll, 1)[:, : length - 1], tiles), mesh)
+            return Output(nll, tiles, stream, keys_values)
 
         start = time.perf_counter()
         program = compile_ahead(forward, (params, input_ids), mesh)

@@ -136,8 +136,16 @@ def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.array(devices), (AXIS,))
 
 
+def first_device(mesh: Mesh) -> jax.Device:
+    """The mesh's first device among those of this process."""
+    return next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+
+
 def place(array: Any, mesh: Mesh | None, spec: PartitionSpec = WHOLE) -> jax.Array:
     """The array on the devices of the mesh, split as `spec` says; without a mesh on the default device."""
+    if mesh and mesh.is_multi_process:  # each process places its devices' part; device_put would compare them all
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
     return jax.device_put(array, NamedSharding(mesh, spec) if mesh else None)
 
 
@@ -154,7 +162,7 @@ def jit(function: Callable[..., Any], mesh: Mesh | None = None, donate: tuple[in
     `mesh` says which platform's options apply; without it the default device does. The arguments at the places
     `donate` are given away: their memory is written in place.
     """
-    options = compiler_options(mesh.devices.flat[0] if mesh else jax.devices()[0])
+    options = compiler_options(first_device(mesh) if mesh else jax.local_devices()[0])
     return jax.jit(function, donate_argnums=donate, compiler_options=options or None)
 
 
@@ -185,12 +193,42 @@ def compile_ahead(
     return jit(function, mesh, donate).lower(*args).compile()
 
 
+def whole(tree: Any, mesh: Mesh | None) -> Any:
+    """Inside a program: results that the host reads. Where several processes share the mesh, every device has them."""
+    if mesh is None or not mesh.is_multi_process:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, WHOLE))
+
+
+def fetch(tree: Any) -> Any:
+    """The arrays on the host, as numpy. Those that several processes share are gathered first: all must come here."""
+    return jax.tree.map(lambda x: np.asarray(_gathered(x)), tree)  # one after another, see `LayerRunner._program`
+
+
+def on_host_or_shared(x: jax.Array) -> Any:
+    """The array on the host, but where it spans processes as it is: for what only goes into another program."""
+    return np.asarray(x) if x.is_fully_addressable else x
+
+
+def _gathered(x: Any) -> Any:
+    """An array whole on every device, if other processes hold parts of it."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return x
+    return _gathering(x.sharding.mesh)(x)
+
+
+@functools.cache
+def _gathering(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jit(lambda x: whole(x, mesh), mesh)
+
+
 def on_first_device(tree: Any, mesh: Mesh) -> Any:
-    """The arrays on the mesh's first device alone; those that every device has whole are not copied."""
-    device = mesh.devices.flat[0]
+    """The arrays on `first_device` alone; those that every device has whole are not copied."""
+    device = first_device(mesh)
 
     def move(x: jax.Array) -> jax.Array:
-        whole = [shard.data for shard in x.addressable_shards if shard.device == device and shard.data.shape == x.shape]
-        return whole[0] if whole else jax.device_put(x, device)
+        x = _gathered(x)
+        parts = [shard.data for shard in x.addressable_shards if shard.device == device and shard.data.shape == x.shape]
+        return parts[0] if parts else jax.device_put(x, device)
 
     return jax.tree.map(move, tree)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from attention.sharding import jit, on_first_device
+from attention.sharding import first_device, jit, on_first_device
 from kascade_core import ANCHOR, REUSE, attended_tiles, mean_density, tile_count
 from llama_model import Decoded, Decoder, KVCache, LlamaModel
 from measure.decoding import CACHE_DTYPE, check_cache_fits, step_densities
@@ -47,7 +47,7 @@ class Answerer:
 
     def __init__(self, models: Mapping[str, LlamaModel], params: Any, length: int, mesh: Mesh) -> None:
         self.models, self.params, self.length, self.mesh = models, params, length, mesh
-        device = mesh.devices.flat[0]
+        device = first_device(mesh)
         self.dtype = jnp.dtype(CACHE_DTYPE.get(device.platform, models[DENSE_ARM].dtype))
         tile_size = math.lcm(*(model.selection.tile_size for model in models.values()))
         self.size = tile_count(length + ANSWER_ROOM, tile_size) * tile_size

@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attention import decode
-from attention.sharding import on_first_device
+from attention.sharding import first_device, on_first_device
 from errors import InputError, UnsupportedError
 from kascade_core import DENSE, LayerPlan, density_of_step, tile_count
 from llama_model import Comparison, Decoded, Decoder, Forward, KVCache, LlamaModel
+from measure import hosts
 from measure.machine import free_memory, memory_bandwidth
 from measure.quality import compile_comparison
 from measure.settings import Settings
@@ -42,7 +43,7 @@ class Arms:
     @property
     def cache_dtype(self) -> Any:
         """Of keys and values in the cache."""
-        return cache_dtype(self.dense, self.mesh.devices.flat[0])
+        return cache_dtype(self.dense, first_device(self.mesh))
 
 
 def cache_dtype(model: LlamaModel, device: jax.Device) -> Any:
@@ -97,6 +98,7 @@ def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding
     while len(samples["dense"]) < settings.n_runs:
         for arm in samples:
             passes.run(arm, "dense" if arm == "dense" else settings.prefill, samples[arm])
+    samples = hosts.slowest(samples)
     depth = windows.test[0].size
     return Decoding(
         depth=depth,
@@ -269,7 +271,7 @@ def measure_depth(arms: Arms, depth: int, batch: int, n_runs: int) -> DepthRow:
     Keeping all tiles is what the bookkeeping of sparse layers costs. Only time is meant: the tokens mean nothing.
     """
     size = cache_size(arms.dense, depth + DEPTH_STEPS)
-    config, device = arms.dense.config, arms.mesh.devices.flat[0]
+    config, device = arms.dense.config, first_device(arms.mesh)
     free = free_memory(device)
     needed = KVCache.bytes_needed(config, batch, size, arms.cache_dtype)
     if free is not None and needed > SPARE_MEMORY * free:
@@ -291,6 +293,7 @@ def measure_depth(arms: Arms, depth: int, batch: int, n_runs: int) -> DepthRow:
             cache, tiles = output.cache, output.tiles
             if i:
                 samples[name].append(elapsed)
+    samples = hosts.slowest(samples)
     density = float(np.mean(step_densities(arms.sparse, tiles, depth)))
     beyond = depth > config.max_position_embeddings
     return DepthRow(depth, batch, samples["dense"], samples["keep_all"], samples["sparse"], density, beyond)

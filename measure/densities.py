@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from attention.sharding import fetch
 from kascade_core import ANCHOR, NO_TILE, REUSE, LayerPlan, attended_tiles, density_of, membership
 from llama_model import Forward, LlamaModel, Output
+from measure import hosts
 from measure.layerwise import Calibration, LayerRunner
 from measure.machine import time_interleaved
 from measure.quality import compare, run_windows
@@ -43,7 +45,7 @@ def measure_density(
     selection = dataclasses.replace(settings.selection, top_k=None, density=asked)
     calibration = calibration.at(selection)
     params, mesh = calibration.params, calibration.mesh
-    plans, _ = find_schedule(dataclasses.replace(settings, selection=selection), calibration)
+    plans, _ = hosts.from_first(find_schedule(dataclasses.replace(settings, selection=selection), calibration))
     model = calibration.model.clone(schedule=plans)
     sparse = model.compile(params, windows[0], mesh)
     outputs = run_windows(sparse, params, windows)
@@ -101,7 +103,7 @@ def map_tiles(
     x_BTD = runner.embed(ids_BT)
     for layer in range(shown[-1] + 1):
         if layer in shown:
-            masses_QP = np.asarray(runner.scores(layer, x_BTD))[0, 0]
+            masses_QP = fetch(runner.scores(layer, x_BTD))[0, 0]
             maps.append(_map_of(layer, attended[layer][:1, :1], masses_QP))
         if layer < shown[-1]:
             x_BTD = runner.dense(layer, x_BTD)

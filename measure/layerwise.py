@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from attention.sharding import AXIS, ROWS, TILES, WHOLE, Layout, jit, shard
+from attention.sharding import AXIS, ROWS, TILES, WHOLE, Layout, fetch, jit, shard
 from kascade_core import (
     DENSE,
     KASCADE_CACHE,
@@ -108,7 +108,7 @@ class LayerRunner:
         args = (self.variables, dense_BTD[:, padded], x_BTD[:, padded], ids_BT[:, padded + 1])
         sharded = shard(compare, self.mesh, (WHOLE, ROWS, ROWS, ROWS), ROWS)
         result = self._program("compare", sharded)(*args)
-        return Comparison(*(np.asarray(value)[0, : rows.size] for value in result))
+        return Comparison(*(value[0, : rows.size] for value in fetch(result)))
 
     def _whole_layer(self, mode: str) -> Callable[..., jax.Array]:
         def layer(block: Block, x_BTD: jax.Array, rope: Any, tiles_BKQC: jax.Array | None = None) -> jax.Array:
@@ -229,7 +229,7 @@ class Calibration:
     def _observe(self, runner: LayerRunner, ids_BT: jax.Array) -> Observation:
         x_BTD, scores, importance = runner.embed(ids_BT), [], []
         for layer in _progress(range(runner.config.num_hidden_layers), "observing"):
-            masses_KQP = np.asarray(runner.scores(layer, x_BTD))[0]
+            masses_KQP = fetch(runner.scores(layer, x_BTD))[0]
             scores.append(masses_KQP / masses_KQP.sum(-1, keepdims=True))
             importance.append(runner.importance(layer, x_BTD))
             x_BTD = runner.dense(layer, x_BTD)
@@ -255,8 +255,8 @@ class Calibration:
             tiles = select_tiles(masses, selection)
             x_BTD = runner.run(runner.sparse(layer, stream[layer], tiles), layer + 1, lambda *_: None)
             kl = runner.compare(stream[-1], x_BTD, ids_BT, DAMAGE_STEP).kl
-            masses = np.asarray(masses / masses.sum(-1, keepdims=True))
-            kept = (masses * membership(np.asarray(tiles), P)).sum(-1)
+            masses = fetch(masses / masses.sum(-1, keepdims=True))
+            kept = (masses * membership(fetch(tiles), P)).sum(-1)
             beta_L[layer] = max(float(kl.mean()), 0) / max(float(np.mean((1 - kept) ** 2)), 1e-9)
         return beta_L
 

@@ -23,6 +23,7 @@ from attention.sharding import FIRST, compile_ahead, place, shard
 from attention.xla import matmul
 from errors import InputError, UnsupportedError
 from kascade_core import Selection
+from measure import hosts
 from measure.memory import read_peak_memory
 from weights.config import LlamaConfig
 
@@ -156,22 +157,29 @@ def pick_kernel(
 
 
 def peak_memory(device: jax.Device) -> int | None:
-    """The most bytes in use since the start: of the process on a CPU, otherwise of the device; None where unknown."""
+    """The most bytes in use since the start: of the process on a CPU, otherwise of the device; None where unknown.
+
+    Of several processes that of the one with the most.
+    """
     if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("peak_bytes_in_use")
-    return read_peak_memory()
+        return hosts.most((device.memory_stats() or {}).get("peak_bytes_in_use"))
+    return hosts.most(read_peak_memory())
 
 
 def free_memory(device: jax.Device) -> int | None:
-    """Bytes that a computation may still take; None where unknown."""
+    """Bytes that a computation may still take, of several processes in the one with the least; None where unknown."""
     if device.platform == "cpu":
-        return psutil.virtual_memory().available
+        return hosts.least(psutil.virtual_memory().available)
     stats = device.memory_stats() or {}
-    return stats["bytes_limit"] - stats["bytes_in_use"] if {"bytes_limit", "bytes_in_use"} <= set(stats) else None
+    known = {"bytes_limit", "bytes_in_use"} <= set(stats)
+    return hosts.least(stats["bytes_limit"] - stats["bytes_in_use"] if known else None)
 
 
 def time_interleaved(runs: dict[str, Callable[[], Any]], n_runs: int) -> dict[str, list[float]]:
-    """Milliseconds of `n_runs` runs of each, in turn, each waited for, after one warm-up that is not counted."""
+    """Milliseconds of `n_runs` runs of each, in turn, each waited for, after one warm-up that is not counted.
+
+    Of several processes, which all come here, the slowest one's.
+    """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(n_runs + 1):
         for name, run in runs.items():
@@ -179,7 +187,7 @@ def time_interleaved(runs: dict[str, Callable[[], Any]], n_runs: int) -> dict[st
             jax.block_until_ready(run())
             if i:
                 samples[name].append((time.perf_counter() - start) * 1e3)
-    return samples
+    return hosts.slowest(samples)
 
 
 BANDWIDTH_BYTES = 2**28  # read at a time: several times any cache

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from attention.sharding import ROWS, WHOLE, jit, pad_axis, shard
+from attention.sharding import ROWS, WHOLE, jit, on_host_or_shared, pad_axis, shard, whole
 from kascade_core import tile_count
 from llama_model import Comparison, Forward, LlamaModel, Output
 from measure.settings import SHORT_CONTEXT
@@ -18,8 +18,17 @@ from report.results import LongContext
 
 
 def run_windows(forward: Forward, params: Any, windows: Sequence[jax.Array]) -> list[Output]:
-    """The forward of each window, int32 [1, T], one after another; the outputs are on the host."""
-    return [jax.device_get(forward(params, ids_BT)._replace(keys_values=None)) for ids_BT in windows]
+    """The forward of each window, int32 [1, T], one after another.
+
+    The outputs are on the host, but for streams that several processes share.
+    """
+
+    def run(ids_BT: jax.Array) -> Output:
+        output = forward(params, ids_BT)
+        nll, tiles = jax.device_get((output.nll, output.tiles))
+        return Output(nll, tiles, on_host_or_shared(output.stream), None)
+
+    return [run(ids_BT) for ids_BT in windows]
 
 
 def compile_comparison(model: LlamaModel, mesh: Mesh | None) -> Callable[..., Comparison]:
@@ -37,7 +46,7 @@ def compile_comparison(model: LlamaModel, mesh: Mesh | None) -> Callable[..., Co
     def compare(params: Any, *arrays: jax.Array) -> Comparison:
         rows = arrays[0].shape[1]
         padded = [pad_axis(x, 1, tile_count(rows, num_shards) * num_shards) for x in arrays]
-        return jax.tree.map(lambda x: x[:, :rows], sharded(params, *padded))
+        return whole(jax.tree.map(lambda x: x[:, :rows], sharded(params, *padded)), mesh)
 
     return jit(compare, mesh)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from errors import InputError
+from measure import hosts
 from measure.settings import OUTPUTS
 from report.results import DensityRow, DepthRow, Results, SweepRow, finite, is_stdout, read_report, write_json
 
 AGREEING = ("program", "model", "device", "versions", "git_commit", "kernel", "texts", "schedule_sha256")
-FREE_FLAGS = ("densities", "sweep", "depths", *OUTPUTS, "verbose", "quiet", "debug")
+FREE_FLAGS = ("densities", "sweep", "depths", *OUTPUTS, "coordinator", "process_id", "verbose", "quiet", "debug")
 Row = TypeVar("Row", SweepRow, DensityRow, DepthRow)
 
 
@@ -78,5 +79,5 @@ def measure_rows(
 
 def save_partly(path: Path | None, results: Results) -> None:
     """Writes what there is so far, for `earlier_rows`."""
-    if path is not None and not is_stdout(path):
+    if path is not None and not is_stdout(path) and hosts.is_first():
         write_json(path, dataclasses.replace(results, finished=False).to_json())

@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kascade_core import ANCHOR, FIRST_LAYER, REUSE, LayerPlan, Schedule, Selection, select_tiles
+from measure import hosts
 from measure.layerwise import Calibration, Observation
 from measure.settings import PER_HEAD, PER_LAYER, UNIFORM
 from report.results import LimitCheck
@@ -276,8 +277,9 @@ def _least_dense(
     best, check = candidate(high), LimitCheck((0.0,) * len(held_out))  # nothing is dropped
     for _ in tqdm(range(BISECTIONS), desc="densities", unit="run", disable=None, leave=False):
         middle = math.sqrt(low * high)
-        tried = candidate(middle)
-        cost = LimitCheck(tuple(map(float, _log_perplexities(calibration, tried, held_out) - dense)))
+        tried = hosts.from_first(candidate(middle))
+        cost = _log_perplexities(calibration, tried, held_out) - dense
+        cost = hosts.from_first(LimitCheck(tuple(map(float, cost))))  # processes that went different ways would wait
         if cost.upper_pct < limit:
             high, best, check = middle, tried, cost
         else:

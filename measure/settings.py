@@ -13,6 +13,7 @@ from typing import Any
 import attention
 from errors import InputError, Parser, quote
 from kascade_core import Selection
+from measure import hosts
 from report import tables
 from report.results import is_stdout
 from weights.config import LlamaConfig
@@ -167,6 +168,13 @@ class Settings:
         ),
         (FILLER_NOISE, FILLER_TEXT),
     )
+    coordinator: str | None = _flag(
+        None,
+        "on several hosts: where process 0 is, with a free port; not on TPU pod slices and SLURM",
+        metavar="HOST:PORT",
+    )
+    num_processes: int | None = _flag(None, "with --coordinator: how many processes there are")
+    process_id: int | None = _flag(None, "with --coordinator: which this is, from 0; process 0 prints and writes files")
     verbose: bool = _flag(False, "also print each layer's tiles")
     quiet: bool = _flag(False, "print the results alone")
     debug: bool = _flag(False, "show the traceback of an error")
@@ -177,7 +185,25 @@ class Settings:
         self._check_schedule()
         self._check_lengths()
         self._check_tasks()
-        self._check_outputs()
+        self._check_processes()
+        if not self.process_id:  # the others write nothing
+            self._check_outputs()
+
+    def _check_processes(self) -> None:
+        names = ("coordinator", "num_processes", "process_id")
+        given = [name for name in names if getattr(self, name) is not None]
+        if not given:
+            return
+        if len(given) < len(names):
+            raise InputError(f"{', '.join(names)} go together: give all three or none, got only {', '.join(given)}")
+        hosts.split_address(self.coordinator)
+        if not 1 <= self.num_processes <= MOST_TOKENS:
+            raise InputError(f"num_processes must be at least 1 and below 2^31, got {quote(self.num_processes)}")
+        if not 0 <= self.process_id < self.num_processes:
+            raise InputError(
+                f"process_id must be from 0 to {self.num_processes - 1}, one below num_processes, got "
+                f"{quote(self.process_id)}"
+            )
 
     def _check_outputs(self) -> None:
         paths = {name: path for name in OUTPUTS if (path := getattr(self, name))}
@@ -314,7 +340,7 @@ class Settings:
                 except OSError as error:
                     raise InputError(f"{name} {path} cannot be read: {error.strerror}") from error
         for path, check in ((self.csv, tables.check_csv), (self.markdown, tables.check_markdown)):
-            if path:
+            if path and not self.process_id:
                 check(path)
 
     @property

@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 import attention
-from attention.sharding import AXIS, ROWS, TILES, WHOLE, Layout, compile_ahead, place, shard
+from attention.sharding import AXIS, ROWS, TILES, WHOLE, Layout, compile_ahead, first_device, place, shard
 from kascade_core import attended_tiles, mean_density
 from llama_model import LlamaModel
+from measure import hosts
 from measure.machine import free_memory, peak_memory, time_interleaved
 from report.results import SweepRow
 
@@ -58,8 +59,8 @@ def measure_length(
     """
     shape = jax.ShapeDtypeStruct((1, length), ids.dtype)
     forwards = {name: model.compile(params, shape, mesh) for name, model in models.items()}
-    device = mesh.devices.flat[0]
-    needed = max(_working_memory(forward.program, mesh) for forward in forwards.values())
+    device = first_device(mesh)
+    needed = hosts.most(max(_working_memory(forward.program, mesh) for forward in forwards.values()))
     free = free_memory(device)
     if free is not None and needed > free:
         return SweepRow(
@@ -76,4 +77,4 @@ def _working_memory(program: Any, mesh: Mesh) -> int:
     """Bytes that a compiled program takes besides its arguments, on the one memory that a CPU's devices share."""
     stats = program.memory_analysis()
     needed = stats.temp_size_in_bytes + stats.output_size_in_bytes
-    return needed * (mesh.size if mesh.devices.flat[0].platform == "cpu" else 1)
+    return needed * (len(mesh.local_devices) if first_device(mesh).platform == "cpu" else 1)
