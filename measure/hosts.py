@@ -202,7 +202,9 @@ def _receive(coordinator: str, port: int, num_processes: int, deadline: float) -
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         server = socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6)
     except OSError as error:
-        raise InputError(f"coordinator {coordinator}: port {port} cannot be opened here ({error.strerror})") from error
+        raise InputError(
+            f"coordinator {coordinator}: port {port} cannot be opened here ({os.strerror(error.errno)})"
+        ) from error
     known: set[int] = {0}
     problem, lines = None, []
     with server:
@@ -349,6 +351,10 @@ def from_first(value: T) -> T:
     return pickle.loads(_job.store.blocking_key_value_get_bytes(name, FOREVER))  # from this program's own process
 
 
+class _DisagreementError(InputError):
+    """An error that every process raises alike."""
+
+
 def agree(values: Mapping[str, Any], advice: str) -> None:
     """Checks that all processes have the same values, which JSON can hold.
 
@@ -360,7 +366,7 @@ def agree(values: Mapping[str, Any], advice: str) -> None:
             expected = theirs
         for name, value in expected.items():
             if theirs[name] != value:
-                raise InputError(
+                raise _DisagreementError(
                     f"process {i} has {name} {quote(theirs[name])}, and process 0 has {quote(value)}: {advice}"
                 )
 
@@ -427,20 +433,23 @@ class _Sharing:
         if self.debug or not isinstance(error, (InputError, KeyboardInterrupt, jax.errors.JaxRuntimeError)):
             traceback.print_exception(error, file=sys.__stderr__)
         if isinstance(error, InputError):
-            _end(str(error), 2)
+            _end(str(error), 2, _job.process_id * (not isinstance(error, _DisagreementError)))
         if isinstance(error, KeyboardInterrupt):
-            _end("interrupted", 2)
+            _end("interrupted", 2, _job.process_id)
         if isinstance(error, jax.errors.JaxRuntimeError):
             time.sleep(GRACE_SECONDS)  # if it is another process's end that broke this one's work, `_watch` hears why
-        _end(f"{kind.__name__}: {next(iter(str(error).splitlines()), '')}", 1)
+        line = next(iter(str(error).splitlines()), "")
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and "gloo" in line.lower()
+        what = "another process has ended or cannot be reached" if lost else kind.__name__
+        _end(f"{what}: {line}", 1, _job.process_id)
 
 
-def _end(text: str, code: int) -> NoReturn:
-    """Tells all processes why they end; `_watch` then ends this one as well."""
+def _end(text: str, code: int, process: int) -> NoReturn:
+    """Tells all processes why `process` ends; `_watch` then ends this one as well."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was quicker, or the coordinator is gone
-        _job.store.key_value_set("ended", json.dumps({"process": _job.process_id, "text": text, "code": code}))
+        _job.store.key_value_set("ended", json.dumps({"process": process, "text": text, "code": code}))
     time.sleep(2 * GRACE_SECONDS)
-    _say(f"process {_job.process_id}: {text}")  # nobody heard of it
+    _say(f"process {process}: {text}")  # nobody heard of it
     os._exit(code)  # an orderly exit would wait for the others
 
 

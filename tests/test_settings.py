@@ -31,6 +31,9 @@ FLAGS = {  # every flag with a value that is not its default, and with what it n
     "head_maps": ("m.npy", Path("m.npy"), "--anchor_layers", "1"), "dtype": ("bfloat16", "bfloat16"), "kernel": ("xla", "xla"),
     "densities": ("0.5,0.1,0.5", (0.1, 0.5)), "html": ("h.html", Path("h.html")), "csv": ("c.csv", Path("c.csv")),
     "markdown": ("m.md", Path("m.md")), "json": ("j.json", Path("j.json")), "sweep": ("64,32,64", (32, 64)), "verbose": (None, True),
+    "coordinator": ("a:1", "a:1", "--num_processes", "3", "--process_id", "1"),
+    "num_processes": ("3", 3, "--coordinator", "a:1", "--process_id", "1"),
+    "process_id": ("2", 2, "--coordinator", "a:1", "--num_processes", "3"),
     "quiet": (None, True), "debug": (None, True),
 }  # fmt: skip
 
@@ -104,6 +107,13 @@ def test_the_threshold_rule_needs_no_anchors_of_any_model():
     [
         ("--device abacus", "invalid choice: 'abacus'"),
         ("--tile_size 0", "tile_size must be at least 1, got 0"),
+        ("--coordinator a:1", "coordinator, num_processes, process_id go together: .*, got only coordinator"),
+        ("--process_id 0 --num_processes 2", "give all three or none, got only num_processes, process_id"),
+        ("--coordinator a --num_processes 2 --process_id 0", "must be HOST:PORT of process 0 .* got 'a'"),
+        ("--coordinator a:65536 --num_processes 2 --process_id 0", "a port from 1 to 65535, got 'a:65536'"),
+        ("--coordinator a:1 --num_processes 0 --process_id 0", "num_processes must be at least 1 .* got 0"),
+        ("--coordinator a:1 --num_processes 2 --process_id 2", "process_id must be from 0 to 1, .* got 2"),
+        ("--coordinator a:1 --num_processes 2 --process_id -1", "process_id must be from 0 to 1, .* got -1"),
         ("--tile_size x", "--tile_size: expected a whole number, got 'x'"),
         ("--tile_size 513", "tile_size must be at most seq_len, 512, got 513"),
         ("--tile_siz 8", "unrecognized arguments: --tile_siz 8"),
