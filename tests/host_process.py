@@ -8,14 +8,20 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 import benchmark_kascade_final as benchmark
 import errors
 import llama_model
 import measure.machine
 import report.results
+from attention import sharding
 from kascade_core import KASCADE_CACHE
 from measure import hosts
 
@@ -25,7 +31,7 @@ MOMENTS = {  # a function that the process ends in
     "compile": (llama_model, "compile_ahead"),
     "compare": (benchmark, "compare"),
     "decode": (benchmark, "decode"),
-    "replace": (report.results.os, "replace"),  # of a report that is written whole
+    "write": (report.results, "os"),  # as soon as the temporary file is there
     "find_schedule": (benchmark, "find_schedule"),
 }
 
@@ -38,12 +44,33 @@ def fail(*_, **__):
     raise ZeroDivisionError("a mistake in the program")
 
 
+def check_arrays(mesh):
+    """The mesh, whose devices are those of several processes, after some arrays have been on it."""
+    numbers = np.arange(4.0 * mesh.size).reshape(mesh.size, 4)
+    dealt = sharding.place(numbers, mesh, sharding.FIRST)
+    assert len(dealt.addressable_shards) < mesh.size
+    np.testing.assert_array_equal(sharding.fetch({"a": dealt})["a"], numbers)
+    np.testing.assert_array_equal(sharding.fetch(numbers), numbers)
+    read = sharding.jit(lambda x: (x + 1, sharding.whole(x + 1, mesh)), mesh)(dealt)
+    assert [x.is_fully_replicated for x in read] == [False, True]
+    np.testing.assert_array_equal(read[1], numbers + 1)
+    assert sharding.on_host_or_shared(dealt) is dealt
+    here = sharding.on_first_device({"a": dealt, "b": read[1], "c": jnp.ones(3)}, mesh)
+    assert {device for x in here.values() for device in x.devices()} == {jax.local_devices()[0]}
+    np.testing.assert_array_equal(here["a"], numbers)
+    np.testing.assert_array_equal(here["b"], numbers + 1)
+    return mesh
+
+
 def main(asked):
     measure.machine.usable_cores = lambda: 1
-    hosts.JOIN_SECONDS, hosts.HEARTBEAT_SECONDS, hosts.GRACE_SECONDS = asked.get("seconds", (20, 10, 2))
+    hosts.JOIN_SECONDS, hosts.HEARTBEAT_SECONDS, hosts.GRACE_SECONDS = asked.get("seconds", (60, 10, 2))
     for key, ends in (("dies_in", die), ("fails_in", fail)):
         if key in asked:
-            setattr(*MOMENTS[asked[key]], ends)
+            place, name = MOMENTS[asked[key]]
+            setattr(place, name, SimpleNamespace(**vars(os) | {"replace": ends}) if name == "os" else ends)
+    if "arrays" in asked:
+        benchmark.make_mesh = lambda devices: check_arrays(sharding.make_mesh(devices))
     code = errors.run(lambda: benchmark.main(asked["flags"]))
     if "tiles" in asked:
         tiles = {layer: values.tolist() for layer, values in KASCADE_CACHE.items()}
