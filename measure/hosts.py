@@ -83,12 +83,18 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         given = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
         given["cluster_detection_method"] = "deactivate"  # what is given counts, not what a scheduler says
     with _ending_after(JOIN_SECONDS, "the processes of this job have not found each other"):
-        jax.distributed.initialize(
-            **given,
-            initialization_timeout=2 * JOIN_SECONDS,  # JAX would end the process without a sentence
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-        )
+        try:
+            jax.distributed.initialize(
+                **given,
+                initialization_timeout=2 * JOIN_SECONDS,  # JAX would end the process without a sentence
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"JAX cannot join the processes of this job ({quote(str(error))}): start the program by srun, mpirun or "
+                "on all hosts of a TPU slice, or give --coordinator, --num_processes and --process_id"
+            ) from error
     # JAX has no public name for its store; other libraries for JAX reach it so too.
     from jax._src.distributed import global_state
 
@@ -212,7 +218,7 @@ def _receive(coordinator: str, port: int, num_processes: int, deadline: float) -
             line, said = _accept(server, deadline)
             if line is None:
                 missing = ", ".join(str(i) for i in range(num_processes) if i not in known)
-                problem = f"process {missing} of {num_processes} has not come to {coordinator} in {JOIN_SECONDS} s"
+                problem = f"waited {JOIN_SECONDS} s at {coordinator} for process {missing} of {num_processes}"
                 break
             lines.append(line)
             problem = _problem_with(said, num_processes, known)

@@ -91,7 +91,7 @@ def test_after_a_meeting_the_port_is_free_at_once():
         ([(2, 0), (3, 2)], "process 2 was started with num_processes 3, and process 0 with 2: give all the same"),
         ([(3, 0), (2, 1)], "process 1 was started with num_processes 2, and process 0 with 3: give all the same"),
         ([(4, 0), (4, 1), (4, 1)], "two processes were started with process_id 1: give each of the 4 its own"),
-        ([(4, 0), (4, 2)], "process 1, 3 of 4 has not come to 127.0.0.1:PORT in 1 s"),
+        ([(4, 0), (4, 2)], "waited 1 s at 127.0.0.1:PORT for process 1, 3 of 4"),
     ],
 )
 def test_processes_that_are_no_job_end_with_one_sentence_of_process_0(soon, processes, sentence):
@@ -183,6 +183,18 @@ def test_a_tpu_vm_is_asked_for_its_workers(monkeypatch, workers, several):
 def test_where_no_metadata_answer_there_are_no_other_workers(monkeypatch):
     monkeypatch.setattr(hosts, "TPU_METADATA", f"http://127.0.0.1:{free_port()}/")
     assert hosts._tpu_workers() == ""
+
+
+def test_where_jax_does_not_find_what_the_environment_promises_the_flags_are_named(monkeypatch):
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(hosts, "in_cluster", lambda *_: True)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(
+        InputError, match=r"cannot join .* \('coordinator_address should be defined.'\): .* give --coord"
+    ):
+        hosts.join(None, None, None, "gpu")
 
 
 def test_devices_of_processes_that_have_not_joined_are_refused(monkeypatch):
