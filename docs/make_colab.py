@@ -4,7 +4,7 @@ python -m docs.make_colab
 
 The notebook's own Python never imports JAX: a TPU belongs to one process, and that must be the benchmark's. Nor does it
 use the packages that the runtime ships, whose jax, plug-ins and libtpu are of other versions: like the README it fills
-`.venv`, but without ensurepip, which Colab's Python lacks.
+`.venv`, but without ensurepip, which Colab's Python may lack: the runtime's pip puts another there.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ EXTRA = {"tpu": ["jax[tpu]"], "gpu": ["jax[cuda12]"], "cpu": []}[DEVICE]
 print("The device is", DEVICE)
 if not PYTHON.exists():
     run(sys.executable, "-m", "venv", "--without-pip", ".venv")
-run(sys.executable, "-m", "pip", "--python", PYTHON, "install", "-q", "-r", "requirements.txt", *EXTRA)'''
+INSTALL = [sys.executable, "-m", "pip", "--python", PYTHON, "install", "-q"]
+run(*INSTALL, "pip", "-r", "requirements.txt", *EXTRA)  # pip too: it fetches the default model'''
 
 BENCHMARK = """\
 README_FLAGS = {"tpu": "--tile_size 128 --top_k 8 --seq_len 4096", "gpu": "--seq_len 4096", "cpu": ""}

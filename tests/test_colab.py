@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = json.loads(FILE.read_text(encoding="utf-8"))
 SOURCES = {cell["id"]: "".join(cell["source"]) for cell in NOTEBOOK["cells"]}
 CODE = [cell["id"] for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-PIP = [sys.executable, "-m", "pip", "--python", ".venv/bin/python", "install", "-q", "-r", "requirements.txt"]
+PIP = [sys.executable, "-m", "pip", "--python", ".venv/bin/python", "install", "-q", "pip", "-r", "requirements.txt"]
 REPORTS = ["--html", "report.html", "--json", "report.json"]
 
 
