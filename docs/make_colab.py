@@ -104,8 +104,10 @@ table = "".join(f"<tr><td>{name}</td><td><b>{number}</b></td></tr>" for name, nu
 title = html.escape(f"{report['model']['name']} on {report['device']['kind']}: {report['verdict']}")
 display(HTML(f"<table><caption>{title}</caption>{table}</table>"))
 
-page = html.escape(Path("report.html").read_text(encoding="utf-8"))
-display(HTML(f'<div><iframe srcdoc="{page}" style="width: 100%; height: 900px; border: 0"></iframe></div>'))'''
+page = Path("report.html").read_text(encoding="utf-8")
+page = page.replace("<head>", '<head><base href="about:srcdoc">', 1)  # links to a heading stay within the frame
+size = "width: 100%; height: 900px; border: 0"
+display(HTML(f'<div><iframe srcdoc="{html.escape(page)}" style="{size}"></iframe></div>'))'''
 
 NEXT = """\
 ## What to try next

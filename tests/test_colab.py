@@ -2,6 +2,7 @@
 
 import ast
 import glob
+import html
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from browser import Browser
 from synthetic import RUN_SIZES, repeating_text
 
 from docs.make_colab import FILE, notebook_text
@@ -139,10 +141,10 @@ def test_what_to_try_next_is_two_command_lines_of_the_benchmark():
 def test_every_cell_runs_on_a_cpu_and_the_report_is_shown(checkout, displayed, machine, folders, monkeypatch, capsys):
     machine()
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # the packages are there: nothing is fetched
-    monkeypatch.setenv("MPLBACKEND", "module://no.such.backend")  # a kernel names one that it alone has
+    monkeypatch.setenv("MPLBACKEND", "no_such_backend")  # a kernel names one that it alone has
     Path("text.txt").write_text(repeating_text(200), encoding="utf-8")
     files = ["--weights_dir", folders / "gqa_default_tied", "--text", "docs/text.txt"]
-    names = execute(FLAGS=shlex.join(map(str, [*RUN_SIZES, *files, "--decode", "0"])))
+    execute(FLAGS=shlex.join(map(str, [*RUN_SIZES, *files, "--decode", "0"])))
 
     output = capsys.readouterr().out
     assert f"The checkout is {checkout}\nThe device is cpu\n" in output
@@ -155,7 +157,47 @@ def test_every_cell_runs_on_a_cpu_and_the_report_is_shown(checkout, displayed, m
     assert f"{report['speedup']:.2f}x" in table
     assert report["model"]["name"] in table
     page = re.search(r'<iframe srcdoc="([^"]*)"', frame)[1]
-    assert names["html"].unescape(page) == (checkout / "report.html").read_text(encoding="utf-8")
+    stays = '<base href="about:srcdoc">'
+    assert html.unescape(page).replace(stays, "", 1) == (checkout / "report.html").read_text(encoding="utf-8")
+
+
+REPORT = {
+    "model": {"name": "Tiny<&>"},
+    "device": {"kind": "TPU v5 lite"},
+    "verdict": "failed",
+    "quality": {"degradation_pct": None, "error_pct": None},
+    "density": 0.375,
+    "speedup": 1.5,
+}
+
+
+@pytest.fixture
+def shown(checkout, displayed):
+    """The table and the frame of a report without finite perplexities, whose page is high."""
+    (checkout / "report.json").write_text(json.dumps(REPORT), encoding="utf-8")
+    page = """<head></head><a href="#end">"end" & more</a><div style="height: 3000px"></div><p id="end">"""
+    (checkout / "report.html").write_text(page, encoding="utf-8")
+    execute(["parameters", "checkout", "show"])
+    return displayed
+
+
+def test_names_are_escaped_and_what_is_not_finite_is_said(shown):
+    table, _ = shown
+    assert "Tiny&lt;&amp;&gt; on TPU v5 lite: failed" in table
+    assert "not finite % ± not finite" in table
+
+
+@pytest.mark.browser
+def test_a_link_to_a_heading_scrolls_the_frame(shown, tmp_path):
+    (tmp_path / "output.html").write_text("".join(shown), encoding="utf-8")
+    browser = Browser()
+    try:
+        browser.open(tmp_path / "output.html", 1000)
+        frame = "document.querySelector('iframe').contentWindow"
+        assert browser.evaluate(f"{frame}.document.querySelector('a').click(), {frame}.scrollY") > 1000
+        assert not browser.complaints()
+    finally:
+        browser.close()
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
