@@ -92,8 +92,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             )
         except (ValueError, RuntimeError) as error:
             raise InputError(
-                f"JAX cannot join the processes of this job ({quote(str(error))}): start the program by srun, mpirun or "
-                "on all hosts of a TPU slice, or give --coordinator, --num_processes and --process_id"
+                f"JAX cannot join the processes of this job ({quote(str(error))}): start the program by srun, mpirun "
+                "or on all hosts of a TPU slice, or give --coordinator, --num_processes and --process_id"
             ) from error
     # JAX has no public name for its store; other libraries for JAX reach it so too.
     from jax._src.distributed import global_state
