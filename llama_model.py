@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,27 +14,34 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import attention
 from attention import decode
+from attention.model_axis import ModelShards
 from attention.sharding import (
-    AXIS,
+    CACHE,
+    CONTEXT,
+    DATA,
+    HEAD_ROWS,
+    MODEL,
     ROWS,
     TILES,
     WHOLE,
     Layout,
+    batch_spec,
     compile_ahead,
     gather_keys,
     jit,
-    on_first_device,
+    move,
     pad_axis,
     place,
     shard,
+    steps_mesh,
 )
 from attention.xla import matmul
-from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection, freeze_schedule, tile_count
+from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Schedule, Selection, freeze_schedule, tile_count
 from weights.config import (
     EMBEDDINGS_CHUNK,
     LlamaConfig,
@@ -59,7 +67,7 @@ def load_weights(
       weights_dir: the folder that convert_weights.py wrote.
       manifest: that of the folder.
       dtype: what the matrices become on the way to the device (norms become float32); as stored when left out.
-      mesh: whose devices each get all of them; the default device alone when left out.
+      mesh: whose devices each get their own part of them; the default device alone when left out.
 
     Returns:
       The variables for `LlamaModel.apply`, {"params": ...}.
@@ -67,12 +75,12 @@ def load_weights(
     Raises:
       InputError: a chunk is missing, damaged, altered or not what the config says.
     """
-    params: dict[str, Any] = {}
+    shards, params = ModelShards.of(manifest.config, mesh), {}
     chunks = tqdm(
         read_chunks(weights_dir, manifest), "loading", len(manifest.chunks), unit="chunk", disable=None, leave=False
     )
     for name, chunk in chunks:
-        chunk = jax.tree.map(lambda leaf: place(_as_stored(leaf, dtype), mesh), chunk)
+        chunk = shards.place_chunk(name, jax.tree.map(lambda leaf: _as_stored(leaf, dtype), chunk), mesh)
         params |= chunk if name == EMBEDDINGS_CHUNK else {name.removesuffix(".pkl"): chunk}
     return {"params": params}
 
@@ -100,6 +108,10 @@ Rope = tuple[
 
 VOCAB_CHUNK = 1024  # tokens of the vocabulary in one product of the loss: its logits are no larger than the MLP's rows
 MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F columns are the widest array of a layer
+
+COMPILED_AT_ONCE = 4  # programs of a forward: more would only take turns on the cores
+ROPE = PartitionSpec(None, CONTEXT)  # cos and sin, the same for all sequences
+STEP_TILES = PartitionSpec(DATA, None, MODEL)  # [B, N, K, 1, C] of N steps
 
 _matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -152,9 +164,10 @@ class Attention(nn.Module):
 
     config: LlamaConfig
     dtype: Any
+    shards: ModelShards
 
     def setup(self) -> None:
-        for name, shape in chunk_shapes(self.config)[layer_chunk(0)]["attention"].items():
+        for name, shape in chunk_shapes(self.shards.local)[layer_chunk(0)]["attention"].items():
             setattr(self, name, self.param(name, _matrix_init if len(shape) == 2 else nn.initializers.ones, shape))
 
     def project(self, x_BTD: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -168,25 +181,25 @@ class Attention(nn.Module):
 
     def output(self, out_BTNH: jax.Array) -> jax.Array:
         """The heads' results, projected back to [B, T, D], float32."""
-        return self._linear(out_BTNH.reshape(*out_BTNH.shape[:2], -1), "o", self.config.output_bias)
+        out_BTD = self.shards.sum(_linear(out_BTNH.reshape(*out_BTNH.shape[:2], -1), self.wo, self.dtype))
+        return out_BTD + self.bo[None, None] if self.config.output_bias else out_BTD
 
     def _heads(self, x_BTD: jax.Array, name: str) -> jax.Array:
-        return self._linear(x_BTD, name, self.config.qkv_bias).reshape(*x_BTD.shape[:2], -1, self.config.head_dim)
-
-    def _linear(self, x_BTD: jax.Array, name: str, bias: bool) -> jax.Array:
         out_BTF = _linear(x_BTD, getattr(self, f"w{name}"), self.dtype)
-        return out_BTF + getattr(self, f"b{name}")[None, None] if bias else out_BTF
+        if self.config.qkv_bias:
+            out_BTF += getattr(self, f"b{name}")[None, None]
+        return out_BTF.reshape(*x_BTD.shape[:2], -1, self.config.head_dim)
 
 
 class FeedForward(nn.Module):
     """SwiGLU (arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
 
-    config: LlamaConfig
     dtype: Any
+    shards: ModelShards
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        shapes = chunk_shapes(self.config)[layer_chunk(0)]["feed_forward"]
+        shapes = chunk_shapes(self.shards.local)[layer_chunk(0)]["feed_forward"]
         w = {name: self.param(name, _matrix_init, shape) for name, shape in shapes.items()}
 
         def apply(x_BTD: jax.Array) -> jax.Array:
@@ -196,9 +209,9 @@ class FeedForward(nn.Module):
         B, T, D = x_BTD.shape
         chunks = next(n for n in range(tile_count(T, MLP_ROWS), T + 1) if T % n == 0)
         if chunks == 1:
-            return apply(x_BTD)
+            return self.shards.sum(apply(x_BTD))
         x_chunks = x_BTD.reshape(B, chunks, T // chunks, D).swapaxes(0, 1)
-        return jax.lax.map(apply, x_chunks).swapaxes(0, 1).reshape(B, T, D)
+        return self.shards.sum(jax.lax.map(apply, x_chunks).swapaxes(0, 1).reshape(B, T, D))
 
 
 class Block(nn.Module):
@@ -213,18 +226,19 @@ class Block(nn.Module):
     calibrate: bool
     dtype: Any
     kernel: str | None
+    shards: ModelShards | None = None
 
     def setup(self) -> None:
-        D = self.config.hidden_size
+        D, shards = self.config.hidden_size, self._shards()
         self.attention_norm = self.param("attention_norm", nn.initializers.ones, (D,))
         self.ffn_norm = self.param("ffn_norm", nn.initializers.ones, (D,))
-        self.attention = Attention(self.config, self.dtype)
-        self.feed_forward = FeedForward(self.config, self.dtype)
+        self.attention = Attention(self.config, self.dtype, shards)
+        self.feed_forward = FeedForward(self.dtype, shards)
 
     def attend(
         self, x_BTD: jax.Array, rope: Rope, tiles_BKQC: jax.Array | None, layout: Layout
     ) -> tuple[jax.Array, jax.Array | None, KeysValues]:
-        """The first half. `tiles_BKQC` is what a REUSE layer attends to.
+        """The first half. `tiles_BKQC` is what a REUSE layer attends to: head map and budgets have been applied.
 
         Returns:
           The stream, the tiles that this layer chose, and its keys and values of this shard's tokens.
@@ -232,15 +246,17 @@ class Block(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = self.attention.project(self._normed(x_BTD), rope)
         k_BKHS = gather_keys(k_BTKH.transpose(0, 2, 3, 1), 3, layout)
         v_BKSH = gather_keys(v_BTKH.transpose(0, 2, 1, 3), 2, layout)
-        sizes = {"layout": layout, "kernel": self.kernel}
+        sizes, shards = {"layout": layout, "kernel": self.kernel}, self._shards()
         chosen_BKQC = None
         if self.plan.mode == ANCHOR or self.calibrate:
-            chosen_BKQC = attention.choose(q_BTNH, k_BKHS, selection=self._selection(), **sizes)
+            groups_BTNH = shards.whole_groups(q_BTNH, 2)
+            chosen_BKQC = attention.choose(groups_BTNH, k_BKHS, selection=self._selection(), **sizes)
         if self.plan.mode == DENSE:
             out_BTNH = attention.dense(q_BTNH, k_BKHS, v_BKSH, window=self.selection.window, **sizes)
         else:
-            tiles_BKQC = self.plan.attended(chosen_BKQC) if self.plan.mode == ANCHOR else tiles_BKQC
-            sizes |= {"selection": self.selection, "budgets": self.plan.budgets}
+            tiles_BKQC = shards.cut(chosen_BKQC, self.plan.budgets) if self.plan.mode == ANCHOR else tiles_BKQC
+            budgets = self.plan.budgets if shards.num_shards == 1 else None  # elsewhere they differ by shard
+            sizes |= {"selection": self.selection, "budgets": budgets}
             out_BTNH = attention.reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, **sizes)
         return x_BTD + self.attention.output(out_BTNH), chosen_BKQC, (k_BTKH, v_BTKH)
 
@@ -257,8 +273,11 @@ class Block(nn.Module):
         v_ZSH = write_at(cached[1], v_B1KH[:, 0], positions_B)
         q_BNH, chosen_BK1C = q_B1NH[:, 0], None
         if self.plan.mode == ANCHOR:
-            chosen_BK1C, scores_ZGS = decode.choose_step(q_BNH, k_ZSH, positions_B, self._selection())
-            out_BNH = decode.anchor_step(scores_ZGS, v_ZSH, self.plan.attended(chosen_BK1C), self.selection)
+            shards = self._shards()
+            groups_BNH = shards.whole_groups(q_BNH, 1)
+            chosen_BK1C, scores_ZGS = decode.choose_step(groups_BNH, k_ZSH, positions_B, self._selection())
+            tiles_BK1C = shards.cut(chosen_BK1C, self.plan.budgets)
+            out_BNH = decode.anchor_step(shards.own_parts(scores_ZGS), v_ZSH, tiles_BK1C, self.selection)
         elif self.plan.mode == REUSE:
             out_BNH = decode.reuse_step(q_BNH, k_ZSH, v_ZSH, positions_B, tiles_BK1C, self.selection, self.kernel)
         else:
@@ -272,12 +291,16 @@ class Block(nn.Module):
     def score(self, x_BTD: jax.Array, rope: Rope, layout: Layout) -> jax.Array:
         """scores_BKQP, the masses that this layer would choose its tiles by."""
         q_BTNH, k_BKHS = self.queries_and_keys(x_BTD, rope, layout)
-        return attention.score(q_BTNH, k_BKHS, selection=self.selection, layout=layout)
+        groups_BTNH = self._shards().whole_groups(q_BTNH, 2)
+        return attention.score(groups_BTNH, k_BKHS, selection=self.selection, layout=layout)
 
     def queries_and_keys(self, x_BTD: jax.Array, rope: Rope, layout: Layout) -> tuple[jax.Array, jax.Array]:
         """This shard's q_BTNH and the whole sequence's k_BKHS."""
         q_BTNH, k_BTKH, _ = self.attention.project(self._normed(x_BTD), rope)
         return q_BTNH, gather_keys(k_BTKH.transpose(0, 2, 3, 1), 3, layout)
+
+    def _shards(self) -> ModelShards:
+        return self.shards or ModelShards(self.config)
 
     def _normed(self, x_BTD: jax.Array) -> jax.Array:
         return rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
@@ -304,6 +327,15 @@ class KVCache(NamedTuple):
     layers: tuple[KeysValues, ...]
 
     @classmethod
+    def shapes(cls, config: LlamaConfig, batch: int, size: int, dtype: Any, mesh: Mesh | None = None) -> KVCache:
+        """The shapes of a cache on the devices of a mesh of `steps_mesh`."""
+        sharding = NamedSharding(mesh, batch_spec(CACHE, batch, mesh)) if mesh else None
+        held = ModelShards.of(config, mesh).held
+        shape = (batch * held.num_key_value_heads, size, config.head_dim)
+        array = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return cls(((array, array),) * config.num_hidden_layers)
+
+    @classmethod
     def empty(cls, config: LlamaConfig, batch: int, size: int, dtype: Any) -> KVCache:
         """Zeros: what is behind a sequence's last token has no weight, but must be finite."""
         shape = (batch * config.num_key_value_heads, size, config.head_dim)
@@ -314,6 +346,21 @@ class KVCache(NamedTuple):
         """Bytes of a cache of this size."""
         per_layer = 2 * batch * config.num_key_value_heads * size * config.head_dim
         return config.num_hidden_layers * per_layer * jnp.dtype(dtype).itemsize
+
+
+def join_caches(caches: Sequence[KVCache], mesh: Mesh) -> KVCache:
+    """The caches of single sequences, on `steps_mesh` of one, as one cache on `steps_mesh` of so many."""
+    target, model = steps_mesh(mesh, len(caches)), mesh.shape[MODEL]
+    data = target.shape[DATA]
+
+    def join(*parts: jax.Array) -> jax.Array:
+        if data == model == 1:
+            return jnp.concatenate(parts)
+        x_MBKSH = jnp.stack([x.reshape(model, -1, *x.shape[1:]) for x in parts], axis=1)
+        x_MDBKSH = x_MBKSH.reshape(model, data, -1, *x_MBKSH.shape[2:])
+        return move(x_MDBKSH.swapaxes(0, 1).reshape(-1, *x_MBKSH.shape[3:]), target, CACHE)
+
+    return jax.tree.map(join, *caches)
 
 
 def write_at(x_ZSH: jax.Array, new_BKH: jax.Array, positions_B: jax.Array) -> jax.Array:
@@ -350,6 +397,7 @@ class LlamaModel(nn.Module):
       calibrate: dense layers choose tiles as well, and attend to everything all the same.
       dtype: of the inputs of every matrix product; sums, norms, softmax and loss are float32.
       kernel: the implementation of attention, one of `attention.KERNELS`; None is "xla".
+      shards: inside `jax.shard_map`, what the calling shard of the model axis holds; None is all.
     """
 
     config: LlamaConfig
@@ -358,6 +406,7 @@ class LlamaModel(nn.Module):
     calibrate: bool = False
     dtype: Any = jnp.float32
     kernel: str | None = None
+    shards: ModelShards | None = None
 
     def __post_init__(self) -> None:
         config = self.config
@@ -366,62 +415,79 @@ class LlamaModel(nn.Module):
         super().__post_init__()
 
     def setup(self) -> None:
-        V, D = self.config.vocab_size, self.config.hidden_size
+        V, D = self._shards().local.vocab_size, self.config.hidden_size
         self.tok_embeddings = self.param("tok_embeddings", nn.initializers.normal(1.0), (V, D))
         self.norm = self.param("norm", nn.initializers.ones, (D,))
         if not self.config.tie_word_embeddings:
             self.output = self.param("output", _matrix_init, (D, V))
         self.layer = [  # the list gives its modules the names layer_0, layer_1, ...
-            Block(self.config, plan, self.selection, self.calibrate, self.dtype, self.kernel) for plan in self.schedule
+            self.block(plan) for plan in self.schedule
         ]
+
+    def _shards(self) -> ModelShards:
+        return self.shards or ModelShards(self.config)
+
+    @nn.nowrap
+    def block(self, plan: LayerPlan) -> Block:
+        """A layer that does what `plan` says."""
+        return Block(self.config, plan, self.selection, self.calibrate, self.dtype, self.kernel, self.shards)
 
     def __call__(self, ids_BT: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, V], for int32 token ids [B, T], on one device."""
         layout = Layout.of(ids_BT.shape[1], self.selection.block)
-        x_BTD, _, _ = self.run_layers(pad_axis(ids_BT, 1, layout.padded), layout)
+        x_BTD = self.run_layers(pad_axis(ids_BT, 1, layout.padded), layout)
         return self._logits(x_BTD[:, : layout.length])
 
-    def run_layers(
-        self, ids_BT: jax.Array, layout: Layout
-    ) -> tuple[jax.Array, dict[int, jax.Array], tuple[KeysValues, ...]]:
-        """The final, normed stream x_BTD of this shard's tokens, the tiles_BKQC that its layers chose, keys and values.
-
-        Keys and values are each layer's (k_BTKH, v_BTKH) of this shard's tokens.
-        """
+    def run_layers(self, ids_BT: jax.Array, layout: Layout) -> jax.Array:
+        """The final, normed stream x_BTD of all layers in one program, on one device."""
         rope = rope_table(self.config, layout.local_positions()[None], layout.length)
-        x_BTD = self._embed(ids_BT)
+        x_BTD = self.embed(ids_BT)
         tiles_by_layer: dict[int, jax.Array] = {}
-        keys_values = []
         for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
             tiles_BKQC = None if plan.anchor is None else plan.attended(tiles_by_layer[plan.anchor])
             layer_rope = None if i in self.config.no_rope_layers else rope
-            x_BTD, chosen_BKQC, layer_keys_values = block.attend(x_BTD, layer_rope, tiles_BKQC, layout)
+            x_BTD, tiles_by_layer[i], _ = block.attend(x_BTD, layer_rope, tiles_BKQC, layout)
             x_BTD = block.feed(x_BTD)
-            keys_values.append(layer_keys_values)
-            if chosen_BKQC is not None:
-                tiles_by_layer[i] = chosen_BKQC
-        return rms_norm(x_BTD, self.norm, self.config.rms_norm_eps), tiles_by_layer, tuple(keys_values)
+        return self.normed(x_BTD)
 
     def step(
         self, ids_B: jax.Array, positions_B: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, dict[int, jax.Array], KVCache]:
         """One new token a sequence: its final, normed stream x_B1D, the tiles_BK1C that anchors chose, the cache."""
         rope = rope_table(self.config, positions_B[:, None], positions_B + 1)
-        x_B1D = self._embed(ids_B[:, None])
+        x_B1D, shards = self.embed(ids_B[:, None]), self._shards()
         tiles_by_layer: dict[int, jax.Array] = {}
         layers = []
         for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
-            tiles_BK1C = None if plan.anchor is None else plan.attended(tiles_by_layer[plan.anchor])
+            tiles_BK1C = None if plan.anchor is None else shards.attended(plan, tiles_by_layer[plan.anchor])
             layer_rope = None if i in self.config.no_rope_layers else rope
             x_B1D, chosen_BK1C, cached = block.attend_step(x_B1D, layer_rope, tiles_BK1C, cache.layers[i], positions_B)
             x_B1D = block.feed(x_B1D)
             layers.append(cached)
             if chosen_BK1C is not None:
                 tiles_by_layer[i] = chosen_BK1C
-        return rms_norm(x_B1D, self.norm, self.config.rms_norm_eps), tiles_by_layer, KVCache(tuple(layers))
+        return self.normed(x_B1D), tiles_by_layer, KVCache(tuple(layers))
 
-    def _embed(self, ids_BT: jax.Array) -> jax.Array:
+    def normed(self, x_BTD: jax.Array) -> jax.Array:
+        """The final stream, from which every prediction follows."""
+        return rms_norm(x_BTD, self.norm, self.config.rms_norm_eps)
+
+    def embed(self, ids_BT: jax.Array) -> jax.Array:
         """The residual stream before layer 0."""
+        shards = self._shards()
+        if shards.vocab_shards == 1:
+            return self._rows(ids_BT)
+        ids_BT, is_here = self._own_ids(ids_BT)
+        return shards.vocab_sum(jnp.where(is_here[..., None], self._rows(ids_BT), 0.0))
+
+    def _own_ids(self, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Ids as this shard's part of the vocabulary counts them, and whether they are in it; others become some id."""
+        ids_BT, size = ids_BT - self._shards().first_token(), self._shards().local.vocab_size
+        is_here = (ids_BT >= 0) & (ids_BT < size)
+        return jnp.where(is_here, ids_BT, 0), is_here
+
+    def _rows(self, ids_BT: jax.Array) -> jax.Array:
+        """Rows of the embedding, float32."""
         if self.tok_embeddings.dtype != jnp.bfloat16:
             return self.tok_embeddings[ids_BT].astype(jnp.float32)
         # XLA's CPU gathers no bfloat16, and would convert the whole table: gathered as integers. The barrier ties the
@@ -447,7 +513,25 @@ class LlamaModel(nn.Module):
 
     def likeliest(self, x_BTD: jax.Array) -> jax.Array:
         """int32 [B, T]: the likeliest next token after each, given the final stream; for few tokens."""
-        return self._logits(x_BTD).argmax(-1).astype(jnp.int32)
+        logits_BTV = self._logits(x_BTD)
+        return self._first_of_best(logits_BTV.max(-1), logits_BTV.argmax(-1).astype(jnp.int32))
+
+    def _first_of_best(self, top_BT: jax.Array, best_BT: jax.Array) -> jax.Array:
+        """The token with the largest logit of all parts of the vocabulary, from each part's logit and token."""
+        shards = self._shards()
+        if shards.vocab_shards == 1:
+            return best_BT
+        is_best = top_BT == shards.vocab_max(top_BT)
+        last = jnp.int32(self.config.vocab_size)
+        return -shards.vocab_max(-jnp.where(is_best, best_BT + shards.first_token(), last))
+
+    def _all_parts(self, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """(largest, sum of exp(. - largest)) of the whole vocabulary's logits, from those of each part."""
+        shards, (top_BT, total_BT) = self._shards(), part
+        if shards.vocab_shards == 1:
+            return part
+        whole_BT = shards.vocab_max(top_BT)
+        return whole_BT, shards.vocab_sum(total_BT * jnp.exp(top_BT - whole_BT))
 
     def next_token_nll(self, x_BTD: jax.Array, next_ids_BT: jax.Array) -> jax.Array:
         """Negative log likelihood of the next ids, float32 nats [B, T], given the final stream; no [T, V] logits.
@@ -459,7 +543,8 @@ class LlamaModel(nn.Module):
             return _log_sum_exp(carry, self._logits(x_BTD, start, size))
 
         shape = next_ids_BT.shape
-        top_BT, total_BT = self._fold_vocabulary(fold, (jnp.full(shape, -jnp.inf), jnp.zeros(shape)))
+        part = self._fold_vocabulary(fold, (jnp.full(shape, -jnp.inf), jnp.zeros(shape)))
+        top_BT, total_BT = self._all_parts(part)
         return top_BT + jnp.log(total_BT) - self._target_logits(x_BTD, next_ids_BT)
 
     def compare_streams(self, dense_BTD: jax.Array, sparse_BTD: jax.Array, next_ids_BT: jax.Array) -> Comparison:
@@ -483,6 +568,10 @@ class LlamaModel(nn.Module):
         dense, sparse, shift_BT, best_dense, best_sparse = self._fold_vocabulary(
             fold, (empty, empty, jnp.zeros(shape), none, none)
         )
+        best_dense = self._first_of_best(dense[0], best_dense)
+        best_sparse = self._first_of_best(sparse[0], best_sparse)
+        part_BT, (dense, sparse) = dense[0], (self._all_parts(part) for part in (dense, sparse))
+        shift_BT = self._shards().vocab_sum(shift_BT * jnp.exp(part_BT - dense[0]))
         lse_dense, lse_sparse = (top_BT + jnp.log(total_BT) for top_BT, total_BT in (dense, sparse))
         return Comparison(
             dense_nll=lse_dense - self._target_logits(dense_BTD, next_ids_BT),
@@ -492,15 +581,16 @@ class LlamaModel(nn.Module):
         )
 
     def _fold_vocabulary(self, fold: Callable[[Any, int, Any], Any], carry: Any) -> Any:
-        """Folds fold(start, size, carry) over chunks of the vocabulary."""
-        size = min(VOCAB_CHUNK, self.config.vocab_size)
-        whole, rest = divmod(self.config.vocab_size, size)
+        """Folds fold(start, size, carry) over chunks of this shard's part of the vocabulary."""
+        vocab_size = self._shards().local.vocab_size
+        size = min(VOCAB_CHUNK, vocab_size)
+        whole, rest = divmod(vocab_size, size)
         carry = jax.lax.fori_loop(0, whole, lambda i, carry: fold(i * size, size, carry), carry)
         return fold(jnp.int32(whole * size), rest, carry) if rest else carry
 
     def _logits(self, x_BTD: jax.Array, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
-        """Those of `size` tokens of the vocabulary from `start` on, or of all."""
-        size = self.config.vocab_size if size is None else size
+        """Those of `size` tokens of this shard's part of the vocabulary from `start` on, or of all of it."""
+        size = self._shards().local.vocab_size if size is None else size
         if self.config.tie_word_embeddings:
             w_VD = jax.lax.dynamic_slice_in_dim(self.tok_embeddings, start, size, axis=0)
             # The table comes first, as it is stored: as the second operand it would be transposed into a copy.
@@ -510,6 +600,12 @@ class LlamaModel(nn.Module):
 
     def _target_logits(self, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         """One logit for each token: that of its id."""
+        if self._shards().vocab_shards == 1:
+            return self._logits_of(x_BTD, ids_BT)
+        ids_BT, is_here = self._own_ids(ids_BT)
+        return self._shards().vocab_sum(jnp.where(is_here, self._logits_of(x_BTD, ids_BT), 0.0))
+
+    def _logits_of(self, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         if self.config.tie_word_embeddings:
             return matmul("BTD,BTD->BT", x_BTD.astype(self.dtype), self.tok_embeddings[ids_BT].astype(self.dtype))
         return matmul("BTD,DBT->BT", x_BTD.astype(self.dtype), self.output[:, ids_BT].astype(self.dtype))
@@ -519,53 +615,46 @@ class LlamaModel(nn.Module):
         """Compiles the forward with its loss for these shapes.
 
         Args:
-          params: variables, on every device of the mesh.
+          params: variables as `load_weights` places them, or their shapes (`ModelShards.shapes`).
           input_ids: int32 [B, T], or a `jax.ShapeDtypeStruct`.
-          mesh: devices over whose axis query tiles are dealt; without it everything is done on one device.
+          mesh: the devices; without it everything is done on one device.
           with_cache: also returns what `Forward.fill_cache` makes a cache of.
         """
-        length, num_shards = input_ids.shape[1], mesh.shape[AXIS] if mesh else 1
-        layout = Layout.of(length, self.selection.block, num_shards)
-        num_query_tiles = tile_count(length, self.selection.query_tile)
-
-        def local(params: Any, ids_BT: jax.Array, next_ids_BT: jax.Array) -> tuple[Any, Any, Any]:
-            x_BTD, tiles, keys_values = self.apply(params, ids_BT, layout, method="run_layers")
-            nll_BT = self.apply(params, x_BTD, next_ids_BT, method="next_token_nll")
-            return nll_BT, tiles, x_BTD, keys_values if with_cache else None
-
-        sharded = shard(local, mesh, (WHOLE, ROWS, ROWS), (ROWS, TILES, ROWS, ROWS))
-
-        def forward(params: Any, input_ids: jax.Array) -> Output:
-            next_ids_BT = jnp.roll(input_ids, -1, axis=1)
-            dealt = sharded(params, layout.spread(input_ids, 1), layout.spread(next_ids_BT, 1))
-            nll, tiles, x_BTD, keys_values = dealt
-            tiles = {layer: layout.collect(chosen, 2)[:, :, :num_query_tiles] for layer, chosen in tiles.items()}
-            stream = layout.collect(x_BTD, 1)[:, :length]
-            return Output(layout.collect(nll, 1)[:, : length - 1], tiles, stream, keys_values)
-
         start = time.perf_counter()
-        program = compile_ahead(forward, (params, input_ids), mesh)
-        return Forward(program, time.perf_counter() - start, layout)
+        builder = _ForwardBuilder(self, params, input_ids.shape, mesh, with_cache)
+        return dataclasses.replace(builder.build(), seconds=time.perf_counter() - start)
 
     @nn.nowrap
     def compile_decode(self, params: Any, cache: KVCache, num_steps: int, mesh: Mesh | None = None) -> Decoder:
-        """Compiles `num_steps` steps on one device, with the cache donated.
+        """Compiles `num_steps` steps, with the cache donated.
 
         Args:
-          params: variables on that device (see `attention.sharding.on_first_device`).
+          params: variables on the devices of the mesh (`attention.sharding.keep_on`).
           cache: whose shapes count; `jax.ShapeDtypeStruct` will do.
           num_steps: N.
-          mesh: says which platform's options apply.
+          mesh: of `attention.sharding.steps_mesh`.
         """
+        shards = ModelShards.of(self.config, mesh)
+        batch = cache.layers[0][0].shape[0] // shards.copies.size
+        model = self.clone(shards=shards)
 
-        def run(params: Any, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
-            return self.apply(params, ids_BN, positions_B, cache, method="decode")
+        def local(params: Any, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
+            return model.apply(params, ids_BN, positions_B, cache, method="decode")
 
-        batch = cache.layers[0][0].shape[0] // self.config.num_key_value_heads
-        ids_BN = jax.ShapeDtypeStruct((batch, num_steps), jnp.int32)
-        positions_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        inner = None if mesh is None or mesh.size == 1 else mesh
+        by_batch, tiles = batch_spec(PartitionSpec(DATA), batch, mesh), batch_spec(STEP_TILES, batch, mesh)
+        out_specs = Decoded(by_batch, by_batch, tiles, batch_spec(CACHE, batch, mesh))
+        in_specs = (shards.specs(), by_batch, by_batch, batch_spec(CACHE, batch, mesh))
+        sharded = shard(local, inner, in_specs, out_specs)
+
+        def run(*args: Any) -> Decoded:
+            decoded = sharded(*args)
+            return decoded._replace(tiles={i: shards.unique(tiles, 2) for i, tiles in decoded.tiles.items()})
+
+        whole = NamedSharding(mesh, WHOLE) if mesh else None
+        args = [jax.ShapeDtypeStruct(s, jnp.int32, sharding=whole) for s in ((batch, num_steps), (batch,))]
         start = time.perf_counter()
-        program = compile_ahead(run, (params, ids_BN, positions_B, cache), mesh, donate=(3,))
+        program = compile_ahead(run, (params, *args, cache), mesh, donate=(3,))
         return Decoder(program, time.perf_counter() - start)
 
 
@@ -596,36 +685,234 @@ class Output(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """A compiled forward: call it with (params, input_ids) for an `Output`, without waiting for the device.
+    """A compiled forward: call it with (params, input_ids) for an `Output`.
+
+    The host runs the layers one after another. Layers that do the same share one program, so that compiling takes no
+    longer for a deeper model; one program for all layers is not faster (measured on a CPU: slower by 2 to 6 %).
 
     Attributes:
-      program: the compiled program.
-      seconds: that tracing and compiling took.
+      schedule: the model's.
+      shards: of the mesh's model axis.
       layout: how the sequence was cut.
+      batch: sequences at once; fewer are computed beside copies of themselves.
+      mesh: the devices.
+      begin, end: the programs before and after the layers.
+      layers: each layer's program.
+      collect: for each layer that chooses tiles the program that puts them in the sequence's order.
+      sources: for each layer that reuses tiles, `ModelShards.sources`.
+      seconds: that tracing and compiling took.
     """
 
-    program: Any
-    seconds: float
+    schedule: Schedule
+    shards: ModelShards
     layout: Layout
+    batch: int
+    mesh: Mesh | None
+    begin: Any
+    end: Any
+    layers: tuple[Any, ...]
+    collect: Mapping[int, Any]
+    sources: Mapping[int, jax.Array]
+    seconds: float = 0.0
 
     def __call__(self, params: Any, input_ids: jax.Array) -> Output:
-        return self.program(params, input_ids)
+        rows = input_ids.shape[0]
+        if rows == self.batch:
+            return self._compute(params, input_ids)
+        whole = self._compute(params, jnp.resize(input_ids, (self.batch, input_ids.shape[1])))
+        return jax.tree.map(lambda x: x[:rows], whole)
+
+    def _compute(self, params: Any, input_ids: jax.Array) -> Output:
+        inner = params["params"]
+        outer = _outer(inner)
+        x_BTD, rope, next_ids_BT = self._run(self.begin, outer, input_ids)
+        chosen: dict[int, jax.Array] = {}
+        keys_values = []
+        for i, (program, plan) in enumerate(zip(self.layers, self.schedule, strict=True)):
+            reused = () if plan.anchor is None else (chosen[plan.anchor], self.sources[i])
+            x_BTD, tiles, layer_keys_values = self._run(program, inner[f"layer_{i}"], x_BTD, rope, *reused)
+            keys_values.append(layer_keys_values)
+            if tiles is not None:
+                chosen[i] = tiles
+        nll, stream = self._run(self.end, outer, x_BTD, next_ids_BT)
+        tiles = {layer: self._run(self.collect[layer], tiles) for layer, tiles in chosen.items()}
+        return Output(nll, tiles, stream, None if keys_values[0] is None else tuple(keys_values))
+
+    def _run(self, program: Any, *args: Any) -> Any:
+        """One program at a time on several CPU devices: two that gather, waiting at once, can wait for each other."""
+        out = program(*args)
+        if self.mesh is not None and self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu":
+            jax.block_until_ready(out)
+        return out
+
+    @property
+    def programs(self) -> list[Any]:
+        """The compiled programs, each once."""
+        return [*dict.fromkeys((self.begin, *self.layers, self.end, *self.collect.values()))]
+
+    @property
+    def working_bytes(self) -> int:
+        """Of a device, beside the parameters: the largest program's memory and what layers leave behind."""
+        stats = {program: program.memory_analysis() for program in self.programs}
+        largest = max(s.temp_size_in_bytes + s.output_size_in_bytes for s in stats.values())
+        stream = min(stats[layer].output_size_in_bytes for layer in self.layers)
+        return largest + sum(stats[layer].output_size_in_bytes - stream for layer in self.layers)
 
     def fill_cache(self, output: Output, size: int, mesh: Mesh, dtype: Any) -> KVCache:
-        """A cache with room for `size` tokens, on the mesh's first device, that holds what a forward computed."""
+        """A cache with room for `size` tokens that holds what a forward computed, on the devices of `steps_mesh`."""
+        target = steps_mesh(mesh, output.nll.shape[0])
 
         def arrange(x_BTKH: jax.Array) -> jax.Array:
             x_BKTH = self.layout.collect(x_BTKH, 1)[:, : self.layout.length].swapaxes(1, 2)
             x_ZTH = x_BKTH.reshape(-1, *x_BKTH.shape[2:]).astype(dtype)
             return pad_axis(x_ZTH, 1, size)
 
-        arranged = jit(arrange, mesh)
+        whole = batch_spec(PartitionSpec(DATA, None, MODEL), output.nll.shape[0], target)
+        arranged = jit(shard(arrange, target, whole, batch_spec(CACHE, output.nll.shape[0], target)), target)
         return KVCache(
             tuple(
-                tuple(arranged(on_first_device(x_BTKH, mesh)) for x_BTKH in keys_values)
+                tuple(arranged(move(x_BTKH, target, whole)) for x_BTKH in keys_values)
                 for keys_values in output.keys_values
             )
         )
+
+
+class _Kind(NamedTuple):
+    """What decides a layer's program: layers of one kind share it."""
+
+    mode: str
+    budgets: tuple[int, ...] | None
+    largest_budget: int | None
+    has_rope: bool
+    crosses: bool  # whether tiles come from other shards of the model axis
+    slots: int | None  # of the tiles that it reuses
+
+
+class _ForwardBuilder:
+    """Compiles a forward's programs side by side: the compiler leaves Python's lock."""
+
+    def __init__(
+        self, model: LlamaModel, params: Any, shape: tuple[int, int], mesh: Mesh | None, with_cache: bool
+    ) -> None:
+        self.shards = ModelShards.of(model.config, mesh)
+        self.model, self.params, self.mesh, self.with_cache = model.clone(shards=self.shards), params, mesh, with_cache
+        self.shape, num_shards = shape, mesh.shape[CONTEXT] if mesh else 1
+        self.layout = Layout.of(shape[1], model.selection.block, num_shards)
+        self.rows, self.head_rows, self.tiles = (self._spec(spec) for spec in (ROWS, HEAD_ROWS, TILES))
+        self.stream = self._array((shape[0], self.layout.padded, model.config.hidden_size), jnp.float32, self.rows)
+        self.row_ids = self._array((shape[0], self.layout.padded), jnp.int32, self.rows)
+
+    def build(self) -> Forward:
+        """The whole forward, its `seconds` left open."""
+        schedule, inner = self.model.schedule, self.params["params"]
+        outer = _outer(inner)
+        with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
+            ids = jax.ShapeDtypeStruct(self.shape, jnp.int32)
+            begin = pool.submit(compile_ahead, self._begin, (outer, ids), self.mesh)
+            end = pool.submit(compile_ahead, self._end, (outer, self.stream, self.row_ids), self.mesh)
+            rope = (self._array((1, self.layout.padded, 1, self.model.config.head_dim // 2), jnp.float32, ROPE),) * 2
+            layers, collect, kinds = {}, {}, []
+            chosen: dict[int, Any] = {}  # of each layer that chooses, the tiles' shape
+            for i, plan in enumerate(schedule):
+                kinds.append(self._kind(i, chosen))
+                reused = () if plan.anchor is None else (chosen[plan.anchor], self._sources(plan))
+                args = (inner[f"layer_{i}"], self.stream, rope, *reused)
+                if kinds[i] not in layers:
+                    function = self._layer(kinds[i])
+                    tiles = jax.eval_shape(function, *args)[1]
+                    program = pool.submit(compile_ahead, function, args, self.mesh, (1,))
+                    layers[kinds[i]] = program, tiles and self._array(tiles.shape, tiles.dtype, self.tiles)
+                if tiles := layers[kinds[i]][1]:
+                    chosen[i] = tiles
+                    if tiles.shape not in collect:
+                        collect[tiles.shape] = pool.submit(compile_ahead, self._collect, (tiles,), self.mesh)
+            return Forward(
+                schedule,
+                self.shards,
+                self.layout,
+                self.shape[0],
+                self.mesh,
+                begin.result(),
+                end.result(),
+                tuple(layers[kind][0].result() for kind in kinds),
+                {i: collect[tiles.shape].result() for i, tiles in chosen.items()},
+                {i: self._sources(plan) for i, plan in enumerate(schedule) if plan.mode == REUSE},
+            )
+
+    def _kind(self, layer: int, chosen: Mapping[int, Any]) -> _Kind:
+        plan = self.model.schedule[layer]
+        slots = None if plan.anchor is None else chosen[plan.anchor].shape[-1]
+        has_rope = layer not in self.model.config.no_rope_layers
+        crosses = plan.mode == REUSE and self.shards.crosses(plan)
+        return _Kind(plan.mode, plan.budgets, plan.largest_budget, has_rope, crosses, slots)
+
+    def _layer(self, kind: _Kind) -> Callable[..., Any]:
+        plan = LayerPlan(kind.mode, budgets=kind.budgets, largest_budget=kind.largest_budget)
+        block, shards = self.model.block(plan), self.shards
+
+        def run(block: Block, x_BTD: jax.Array, rope: Rope, *reused: jax.Array) -> tuple[Any, Any, Any]:
+            tiles_BKQC = shards.cut(shards.take_tiles(*reused, kind.crosses), kind.budgets) if reused else None
+            layer_rope = rope if kind.has_rope else None
+            x_BTD, chosen_BKQC, keys_values = block.attend(x_BTD, layer_rope, tiles_BKQC, self.layout)
+            return block.feed(x_BTD), chosen_BKQC, keys_values if self.with_cache else None
+
+        def local(params: Any, *args: Any) -> tuple[Any, Any, Any]:
+            return block.apply({"params": params}, *args, method=run)
+
+        reused = (self.tiles, PartitionSpec(MODEL)) if kind.mode == REUSE else ()
+        in_specs = (self.shards.specs()["params"]["layer_0"], self.rows, ROPE, *reused)
+        return shard(local, self.mesh, in_specs, (self.rows, self.tiles, self.head_rows))
+
+    def _begin(self, outer: Any, ids_BT: jax.Array) -> tuple[jax.Array, Rope, jax.Array]:
+        """The stream before layer 0, RoPE's table and each token's next id, all in the order of the layout."""
+
+        def local(outer: Any, ids_BT: jax.Array) -> tuple[jax.Array, Rope]:
+            rope = rope_table(self.model.config, self.layout.local_positions()[None], self.layout.length)
+            return self.model.apply({"params": outer}, ids_BT, method="embed"), rope
+
+        next_ids_BT = self.layout.spread(jnp.roll(ids_BT, -1, axis=1), 1)
+        sharded = shard(local, self.mesh, (self._outer_specs(outer), self.rows), (self.rows, ROPE))
+        return *sharded(outer, self.layout.spread(ids_BT, 1)), self._constrained(next_ids_BT, self.rows)
+
+    def _end(self, outer: Any, x_BTD: jax.Array, next_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The loss of each token but the first and the final, normed stream, in the order of the sequence."""
+
+        def local(outer: Any, x_BTD: jax.Array, next_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x_BTD = self.model.apply({"params": outer}, x_BTD, method="normed")
+            return self.model.apply({"params": outer}, x_BTD, next_ids_BT, method="next_token_nll"), x_BTD
+
+        in_specs = (self._outer_specs(outer), self.rows, self.rows)
+        nll, x_BTD = shard(local, self.mesh, in_specs, (self.rows, self.rows))(outer, x_BTD, next_ids_BT)
+        length = self.layout.length
+        return self.layout.collect(nll, 1)[:, : length - 1], self.layout.collect(x_BTD, 1)[:, :length]
+
+    def _collect(self, tiles_BKQC: jax.Array) -> jax.Array:
+        """A layer's tiles in the order of the sequence, one row of them for each KV head."""
+        num_query_tiles = tile_count(self.layout.length, self.model.selection.query_tile)
+        return self.layout.collect(self.shards.unique(tiles_BKQC), 2)[:, :, :num_query_tiles]
+
+    def _sources(self, plan: LayerPlan) -> jax.Array:
+        sources = self.shards.sources(plan)
+        return place(sources, self.mesh, PartitionSpec(MODEL)) if self.mesh else jnp.asarray(sources)
+
+    def _outer_specs(self, outer: Any) -> Any:
+        specs = self.shards.specs()["params"]
+        return {name: specs[name] for name in outer}
+
+    def _spec(self, spec: PartitionSpec) -> PartitionSpec:
+        return batch_spec(spec, self.shape[0], self.mesh)
+
+    def _array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(self.mesh, spec) if self.mesh else None
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def _constrained(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec)) if self.mesh else x
+
+
+def _outer(inner: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that belong to no layer."""
+    return {name: leaf for name, leaf in inner.items() if not name.startswith("layer_")}
 
 
 class Decoded(NamedTuple):
@@ -646,7 +933,7 @@ class Decoded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """Compiled steps: call with (params, ids_BN, positions_B, cache), all on one device; the cache is given away."""
+    """Compiled steps: call with (params, ids_BN, positions_B, cache), all on `steps_mesh`; the cache is given away."""
 
     program: Any
     seconds: float

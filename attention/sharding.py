@@ -1,13 +1,15 @@
 """Where work is split: a sequence in blocks, blocks on the devices of a mesh, and the one place that jits.
 
-The mesh has one axis, AXIS. Query tiles are split over it; keys and values, small under grouped queries, are gathered
-to every device. Letters as in kascade_core.
+The mesh has three axes: DATA splits the batch, CONTEXT query tiles (keys and values, small under grouped queries, are
+gathered to every device of it), MODEL heads, MLP columns and the vocabulary (`attention.model_axis`). Letters as in
+kascade_core.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,16 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from errors import InputError
 from kascade_core import NO_TILE, tile_count
 
-AXIS = "context"  # the mesh's axis for query tiles
+DATA, CONTEXT, MODEL = AXES = "data", "context", "model"  # of the mesh
 BLOCK = 256  # tokens in a block of queries or of keys, at most: its scores stay in a core's cache
 
 # How an array is split over the mesh, by what it holds.
-WHOLE = PartitionSpec()  # parameters, keys and values: every device has all of it
-FIRST = PartitionSpec(AXIS)  # split along the first axis
-ROWS = PartitionSpec(None, AXIS)  # [B, T, ...]: tokens, queries, outputs
-TILES = PartitionSpec(None, None, AXIS)  # [B, K, Q, ...]: tiles of each KV head and query tile
+WHOLE = PartitionSpec()  # every device has all of it
+FIRST = PartitionSpec(AXES)  # split along the first axis, over all devices
+ROWS = PartitionSpec(DATA, CONTEXT)  # [B, T, ...]: tokens and the residual stream
+HEAD_ROWS = PartitionSpec(DATA, CONTEXT, MODEL)  # [B, T, N, H]: queries, keys and values of the shards' own tokens
+HEADS = PartitionSpec(DATA, MODEL)  # [B, K, ...]: the whole sequence's keys and values
+TILES = PartitionSpec(DATA, MODEL, CONTEXT)  # [B, K, Q, ...]: tiles of each KV head and query tile
+CACHE = PartitionSpec((DATA, MODEL))  # [Z, S, H]: a cache's keys and values
 
 # What XLA's CPU compiler is told. By default it orders the work so that all layers' buffers exist at once: at 8192
 # tokens 366 MB a device instead of 90. (Leave its YNNPACK products on: without them it needs 0.8 GB less there, but
@@ -41,7 +47,7 @@ TPU_OPTIONS = {"xla_tpu_offload_gather_to_sparsecore": "false"}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A sequence padded to equal blocks of whole tiles, assigned to the shards of the mesh's axis.
+    """A sequence padded to equal blocks of whole tiles, assigned to the shards of the mesh's context axis.
 
     Blocks are assigned in a zigzag (shards 0 1 2 2 1 0 0 1 ...), so that every shard gets the same causal work.
 
@@ -80,7 +86,7 @@ class Layout:
 
     def local_blocks(self) -> jax.Array:
         """int32 [J]: the blocks of the calling shard, inside `jax.shard_map`."""
-        shard = jax.lax.axis_index(AXIS) if self.num_shards > 1 else 0
+        shard = jax.lax.axis_index(CONTEXT) if self.num_shards > 1 else 0
         return jnp.asarray(self.blocks_by_shard(), jnp.int32)[shard]
 
     def local_positions(self) -> jax.Array:
@@ -125,20 +131,40 @@ def gather_keys(x: jax.Array, axis: int, layout: Layout) -> jax.Array:
     """Keys or values of the whole sequence, in its order, from the calling shard's own; `axis` is that of time."""
     if layout.num_shards == 1:
         return x
-    return layout.collect(jax.lax.all_gather(x, AXIS, axis=axis, tiled=True), axis)
+    return layout.collect(jax.lax.all_gather(x, CONTEXT, axis=axis, tiled=True), axis)
 
 
 # --- Devices ---
 
 
-def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """All devices on AXIS."""
-    return Mesh(np.array(devices), (AXIS,))
+def make_mesh(devices: Sequence[jax.Device], data: int = 1, model: int = 1) -> Mesh:
+    """The devices on three axes; those that `data` and `model` leave are on CONTEXT.
+
+    Raises:
+      InputError: they do not divide the devices.
+    """
+    if len(devices) % (data * model):
+        raise InputError(f"mesh: data={data} and model={model} do not divide the {len(devices)} devices")
+    return Mesh(np.array(devices).reshape(data, -1, model), AXES)
+
+
+def batch_spec(spec: PartitionSpec, batch: int, mesh: Mesh | None) -> PartitionSpec:
+    """`spec`, whose first axis is the batch, with a batch that DATA does not divide whole on every device."""
+    if mesh is None or batch % mesh.shape[DATA] == 0:
+        return spec
+    first = tuple(axis for axis in (spec[0] if isinstance(spec[0], tuple) else (spec[0],)) if axis != DATA)
+    return PartitionSpec(first or None, *spec[1:])
 
 
 def place(array: Any, mesh: Mesh | None, spec: PartitionSpec = WHOLE) -> jax.Array:
-    """The array on the devices of the mesh, split as `spec` says; without a mesh on the default device."""
-    return jax.device_put(array, NamedSharding(mesh, spec) if mesh else None)
+    """The array on the devices of the mesh, split as `spec` says; without a mesh on the default device.
+
+    Each device is given its own part and no other.
+    """
+    if mesh is None:
+        return jax.device_put(array)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
 
 def shard(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -185,12 +211,42 @@ def compile_ahead(
     return jit(function, mesh, donate).lower(*args).compile()
 
 
-def on_first_device(tree: Any, mesh: Mesh) -> Any:
-    """The arrays on the mesh's first device alone; those that every device has whole are not copied."""
-    device = mesh.devices.flat[0]
+def steps_mesh(mesh: Mesh, batch: int) -> Mesh:
+    """The devices that decode `batch` sequences: one of CONTEXT, which steps do not use, and of DATA those that divide.
 
-    def move(x: jax.Array) -> jax.Array:
-        whole = [shard.data for shard in x.addressable_shards if shard.device == device and shard.data.shape == x.shape]
-        return whole[0] if whole else jax.device_put(x, device)
+    Where that would leave one of several processes without a device, all of CONTEXT: they compute the same.
+    """
+    data = math.gcd(batch, mesh.shape[DATA])
+    devices = mesh.devices[:data, :1]
+    everyone = {device.process_index for device in mesh.devices.flat}
+    if {device.process_index for device in devices.flat} != everyone:
+        devices = mesh.devices
+    return Mesh(devices, AXES)
 
-    return jax.tree.map(move, tree)
+
+def move(tree: Any, mesh: Mesh, spec: PartitionSpec = WHOLE) -> Any:
+    """The arrays on the devices of `mesh`, split as `spec` says."""
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec)), tree)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or of their shapes."""
+    leaves = jax.tree.leaves(tree)
+    held = (x.sharding.shard_shape(x.shape) if x.sharding else x.shape for x in leaves)
+    return sum(math.prod(shape) * x.dtype.itemsize for shape, x in zip(held, leaves, strict=True))
+
+
+def keep_on(tree: Any, mesh: Mesh) -> Any:
+    """The arrays on the devices of `mesh`, some of those that they are on, split as they are; nothing is copied."""
+
+    def keep(x: jax.Array) -> jax.Array:
+        if not isinstance(x.sharding, NamedSharding):
+            return move(x, mesh)
+        sharding = NamedSharding(mesh, x.sharding.spec)
+        if x.sharding == sharding:
+            return x
+        parts = {shard.device: shard.data for shard in x.addressable_shards}
+        here = [parts[device] for device in mesh.devices.flat if device in parts]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, here)
+
+    return jax.tree.map(keep, tree)

@@ -37,10 +37,11 @@ from tqdm import tqdm
 
 import attention
 from attention import decode
-from attention.sharding import WHOLE, Layout, compile_ahead, make_mesh
+from attention.model_axis import ModelShards
+from attention.sharding import WHOLE, Layout, compile_ahead, device_bytes, make_mesh
 from errors import UnsupportedError
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection, tile_count
-from llama_model import Block, LlamaModel, rope_table
+from llama_model import Block, Forward, LlamaModel, rope_table
 from weights.config import LlamaConfig
 
 TOPOLOGIES = {"v5e": ("v5e:2x2", 16e9), "v6e": ("v6e:2x2", 32e9)}  # name, bytes of HBM a chip
@@ -212,11 +213,19 @@ def compile_model(
     selection = selection or select(length)
     model = LlamaModel(config, schedule, selection, dtype=jnp.bfloat16, kernel="pallas_tpu")
     ids = on_every_chip(jax.ShapeDtypeStruct((1, length), jnp.int32), mesh)
-    params = jax.eval_shape(
-        partial(LlamaModel(config).init, jax.random.key(0)), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    params = ModelShards.of(config, mesh).shapes(mesh, jnp.bfloat16)
+    return describe_forward(model.compile(params, ids, mesh), params, topology, shape, length)
+
+
+def describe_forward(forward: Forward, params: Any, topology: str, shape: str, length: int) -> CompiledProgram:
+    """What the compiler says of all of a model's programs together."""
+    texts = [program.as_text() for program in forward.programs]
+    vmem = {name: size for text in texts for name, size in vmem_bytes(text).items()}
+    temporaries = max(program.memory_analysis().temp_size_in_bytes for program in forward.programs)
+    needed = device_bytes(params) + forward.working_bytes
+    return CompiledProgram(
+        topology, shape, length, "model", needed, 0.0, max(map(largest_array, texts)), temporaries, vmem
     )
-    compiled = model.compile(on_every_chip(parameter_shapes(params), mesh), ids, mesh).program
-    return describe(compiled, topology, shape, length, "model")
 
 
 def hbm_bytes(compiled: Any) -> int:
