@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import re
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
+
+os.environ["MPLBACKEND"] = "svg"  # what a notebook has put there may name a module that this Python lacks
 
 import matplotlib
 import numpy as np

@@ -1,5 +1,6 @@
 """report/html.py and report/plots.py: one page that holds everything, and shows what others wrote as text."""
 
+import os
 import re
 import subprocess
 import sys
@@ -371,3 +372,9 @@ def test_an_element_that_is_too_wide_is_seen(browser, tmp_path):
     (tmp_path / "page.html").write_text("<p style='width: 500px'>wide</p>")
     browser.open(tmp_path / "page.html", 400)
     assert browser.too_wide()
+
+
+def test_a_notebooks_choice_of_a_backend_does_not_matter():
+    command = [sys.executable, "-c", "import report.plots"]
+    environment = os.environ | {"MPLBACKEND": "module://a_package_that_is_not_here.backend"}
+    subprocess.run(command, env=environment, check=True)
