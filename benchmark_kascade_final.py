@@ -31,7 +31,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import convert_weights
-from attention.sharding import compiler_options, make_mesh
+from attention.sharding import DATA, compiler_options
 from errors import ctrl_c_raises, exit_on_bad_input
 from kascade_core import (
     Schedule,
@@ -52,13 +52,14 @@ from measure.machine import (
     peak_memory,
     pick_dtype,
     pick_kernel,
+    pick_mesh,
     processor_name,
     time_interleaved,
 )
 from measure.quality import compare, long_context_loss, run_windows
 from measure.resume import Earlier, earlier_rows, measure_rows, save_partly
 from measure.schedules import SavedSchedule, find_schedule, load_schedule, save_schedule
-from measure.settings import Settings
+from measure.settings import Settings, mesh_axes
 from measure.tasks import ANSWER_ROOM, Task, make_tasks
 from measure.texts import Windows, hash_of, load_windows
 from measure.timing import compile_attention, measure_length
@@ -220,9 +221,6 @@ def prepare(settings: Settings, say: Say) -> Setup:
     """Device, weights and texts."""
     say(f"🖥️  Configuring JAX to use {settings.device.upper()}...")
     devices = configure_device(settings.device)
-    mesh = make_mesh(devices)
-    options = compiler_options(devices[0])
-    machine = Machine(settings.device, devices[0].device_kind, len(devices), processor_name(), options)
     say(f"✓ JAX using {len(devices)} {settings.device.upper()} device(s): {[device.id for device in devices]}\n")
 
     weights_dir, manifest = find_weights(settings, say)
@@ -232,6 +230,9 @@ def prepare(settings: Settings, say: Say) -> Setup:
         settings = dataclasses.replace(settings, selection=saved.selection)
         warn_of_other_length(saved.calibrated_on.tokens, settings.seq_len)
     settings = resolve(settings, manifest, devices, say)
+    mesh, why_mesh = pick_mesh(mesh_axes(settings.mesh), devices, manifest.config, settings.dtype)
+    machine = describe_machine(settings.device, mesh)
+    say(f"✓ Mesh {console.mesh(machine.mesh)} ({why_mesh})\n")
     say(f"📦 Loading weights from {weights_dir}...")
     dtype = jnp.dtype(settings.dtype)
     params = load_weights(weights_dir, manifest, dtype, mesh)
@@ -274,7 +275,8 @@ def run_both(setup: Setup, plans: Schedule, say: Say) -> Both:
     settings, params, mesh, test = setup.settings, setup.params, setup.mesh, setup.windows.test
     decodes = bool(settings.decode or settings.generate)
     say("🏃 Running DENSE Baseline...")
-    dense = setup.model.compile(params, test[0], mesh, with_cache=decodes)
+    shape = jax.ShapeDtypeStruct((mesh.shape[DATA], settings.seq_len), jnp.int32)
+    dense = setup.model.compile(params, shape, mesh, with_cache=decodes)
     dense_outputs = run_windows(dense, params, test)
     dense_perplexity = perplexity_of(np.concatenate([output.nll for output in dense_outputs]))
     warn(check_perplexity(dense_perplexity, setup.manifest.config.vocab_size, len(test) * (test[0].size - 1)))
@@ -282,7 +284,7 @@ def run_both(setup: Setup, plans: Schedule, say: Say) -> Both:
 
     say("⚡ Running KASCADE Sparse...")
     sparse_model = setup.model.clone(schedule=plans)
-    sparse = sparse_model.compile(params, test[0], mesh, with_cache=decodes)
+    sparse = sparse_model.compile(params, shape, mesh, with_cache=decodes)
     sparse_outputs = run_windows(sparse, params, test)
     publish_tiles(sparse_outputs[0].tiles)
     attended = attended_tiles(plans, sparse_outputs[0].tiles)
@@ -431,9 +433,17 @@ def resolve(settings: Settings, manifest: Manifest, devices: Sequence[jax.Device
         settings.kernel, device, settings.selection, longest, config.head_dim, dtype, capability
     )
     say(f"✓ Matrix inputs in {dtype} ({why_dtype})")
-    say(f"✓ Attention by {kernel} ({why_kernel})\n")
+    say(f"✓ Attention by {kernel} ({why_kernel})")
     warn_beyond_context(longest, config)
     return dataclasses.replace(settings, dtype=dtype, kernel=kernel)
+
+
+def describe_machine(platform: str, mesh: Mesh) -> Machine:
+    """The devices as the report names them."""
+    device = mesh.devices.flat[0]
+    return Machine(
+        platform, device.device_kind, mesh.size, processor_name(), compiler_options(device), dict(mesh.shape)
+    )
 
 
 def describe_model(manifest: Manifest, params: Any) -> Model:

@@ -137,15 +137,22 @@ def gather_keys(x: jax.Array, axis: int, layout: Layout) -> jax.Array:
 # --- Devices ---
 
 
-def make_mesh(devices: Sequence[jax.Device], data: int = 1, model: int = 1) -> Mesh:
-    """The devices on three axes; those that `data` and `model` leave are on CONTEXT.
+def make_mesh(devices: Sequence[jax.Device], data: int = 1, model: int = 1, context: int | None = None) -> Mesh:
+    """The first devices on three axes; without `context` all of them, those that the other two leave on CONTEXT.
 
     Raises:
-      InputError: they do not divide the devices.
+      InputError: there are fewer devices, or they do not divide.
     """
-    if len(devices) % (data * model):
-        raise InputError(f"mesh: data={data} and model={model} do not divide the {len(devices)} devices")
-    return Mesh(np.array(devices).reshape(data, -1, model), AXES)
+    count = len(devices)
+    if context is None and count % (data * model):
+        raise InputError(f"mesh: data={data} and model={model} do not divide the {count} devices: give context too")
+    context = context or count // (data * model)
+    if data * context * model > count:
+        raise InputError(
+            f"mesh: data={data}, context={context}, model={model} needs {data * context * model} devices, and there "
+            f"are {count}"
+        )
+    return Mesh(np.array(devices[: data * context * model]).reshape(data, context, model), AXES)
 
 
 def batch_spec(spec: PartitionSpec, batch: int, mesh: Mesh | None) -> PartitionSpec:
