@@ -120,10 +120,10 @@ def pad_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def causal_tiles(layout: Layout, tile_size: int) -> jax.Array:
-    """tiles_QC of a dense layer, ascending: every tile up to its own, for the query tiles of the calling shard."""
-    own_Q1 = layout.local_positions()[::tile_size, None] // tile_size
-    tiles_1C = jnp.arange(layout.padded // tile_size)[None]
+def causal_tiles(layout: Layout, tile_size: int, query_tile: int) -> jax.Array:
+    """tiles_QC of a dense layer, ascending: every tile up to its last row's, for the calling shard's query tiles."""
+    own_Q1 = layout.local_positions()[query_tile - 1 :: query_tile, None] // tile_size
+    tiles_1C = jnp.arange(tile_count(layout.padded, tile_size))[None]
     return jnp.where(tiles_1C <= own_Q1, tiles_1C, NO_TILE)
 
 

@@ -79,7 +79,7 @@ def test_each_device_knows_its_positions_and_causal_tiles():
     layout = Layout(length=16, block=4, num_blocks=4, num_shards=2)
 
     def local(x):
-        return layout.local_positions()[None], causal_tiles(layout, 2)[None, None]
+        return layout.local_positions()[None], causal_tiles(layout, 2, 2)[None, None]
 
     mesh = make_mesh(jax.devices()[:2])
     args = (jnp.zeros((1, 16)),)

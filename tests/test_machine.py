@@ -119,9 +119,11 @@ def test_auto_kernel_is_the_devices_own_where_it_takes_the_sizes():
     assert pick("auto", "gpu", small) == ("pallas_gpu", "the one for a GPU")
     assert pick("auto", "cpu", large) == ("xla", "the one for a CPU")
     assert pick("xla", "tpu", large) == ("xla", "as asked")
-    for sizes, got in (({"tile_size": 48}, "got 48"), ({"length": 2**20}, "got 1048576 tokens")):
-        length = sizes.pop("length", 8192)
-        kernel, why = pick("auto", "tpu", Selection(**sizes), length=length)
+    for selection, length, got in (
+        (Selection(tile_size=48), 8192, "got 48"),
+        (small, 2**20, "got 1048576 tokens"),
+    ):
+        kernel, why = pick("auto", "tpu", selection, length=length)
         assert kernel == "xla"
         assert "pallas_tpu does not support these sizes: " in why and "128" in why and got in why
 
