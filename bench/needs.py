@@ -235,5 +235,5 @@ def mean_kept_keys(selection: Selection, length: int) -> float:
         kept = np.minimum(seen, selection.top_k)
     else:
         kept = np.minimum(seen, np.maximum(np.ceil(selection.density * seen - 1e-4), selection.least_tiles))
-    masked = (selection.query_tile - 1) / 2  # of the own tiles, those after the row
+    masked = seen * selection.tile_size - end + (selection.query_tile - 1) / 2  # of the own tiles, those after the row
     return float((kept * selection.tile_size - masked).mean())
