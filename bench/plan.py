@@ -19,7 +19,6 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import math
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from bench.collectives import Collective, added, count_collectives, total
 from bench.compile_tpu import SHAPES, step_kernel, use_compiler_alone
 from bench.needs import DTYPE, Job, Needs, Work
 from bench.topologies import HERE, Topology
-from errors import InputError, Parser, exit_on_bad_input, quote
+from errors import QUOTED, InputError, Parser, exit_on_bad_input, quote
 from kascade_core import Selection, freeze_schedule
 from llama_model import Forward, KVCache, LlamaModel
 from measure.machine import pick_kernel
@@ -81,6 +80,7 @@ class Row:
       compiled: what the compiler says; None for arithmetic.
       least: the smallest topology of these chips that takes the job where this one does not; None if none does.
       note: why it is not compiled, or what the compiler said instead.
+      is_refused: the compiler found no room, whatever the arithmetic says.
     """
 
     job: Job
@@ -92,6 +92,12 @@ class Row:
     compiled: Compiled | None = None
     least: Row | None = None
     note: str = ""
+    is_refused: bool = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device holds it."""
+        return self.spare >= 0 and not self.is_refused
 
     @property
     def spare(self) -> int:
@@ -101,9 +107,9 @@ class Row:
     @property
     def verdict(self) -> str:
         """In words."""
-        if self.spare >= 0:
+        if self.fits:
             return f"fits with {self.spare / 1e9:.1f} GB to spare"
-        lacks = f"lacks {-self.spare / 1e9:.1f} GB"
+        lacks = "does not fit, says the compiler" if self.is_refused else f"lacks {-self.spare / 1e9:.1f} GB"
         if self.topology.name == HERE:
             return lacks
         if self.least is None:
@@ -202,8 +208,8 @@ def compile_job(job: Job, topology: Topology, sizes: Mapping[str, int]) -> Compi
     try:
         found = (_compile_step if job.is_step else _compile_prefill)(job, model, mesh)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
+            raise  # such as a kernel that vector memory does not hold
         raise OutOfMemoryError(str(error)) from error
     return Compiled(*found, kernel, time.perf_counter() - start)
 
@@ -251,10 +257,10 @@ def _compile_step(job: Job, model: LlamaModel, mesh: Mesh) -> tuple[Needs, dict[
 def plan(job: Job, topology: Topology, mesh: str) -> Row:
     """A job's row; where it does not fit, with the least topology that takes it, which is compiled as well."""
     row = check(job, topology, mesh)
-    if row.spare >= 0:
+    if row.fits:
         return row
-    larger = (check(job, other, AUTO) for other in topology.larger() if by_arithmetic(job, other, AUTO).spare >= 0)
-    return dataclasses.replace(row, least=next((other for other in larger if other.spare >= 0), None))
+    larger = (check(job, other, AUTO) for other in topology.larger() if by_arithmetic(job, other, AUTO).fits)
+    return dataclasses.replace(row, least=next((other for other in larger if other.fits), None))
 
 
 def by_arithmetic(job: Job, topology: Topology, mesh: str) -> Row:
@@ -282,16 +288,9 @@ def check(job: Job, topology: Topology, mesh: str) -> Row:
 
 
 def _refused(row: Row, message: str) -> Row:
-    """The row of a program for which the compiler found no room; its temporaries are what the compiler counted."""
-    note = "the compiler found no room"
-    if found := re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", message):
-        note += f": {found[0].lower()}"
-        used = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]
-        held = row.needs.weights + row.needs.cache + row.needs.index if row.job.is_step else 0
-        row = dataclasses.replace(row, needs=dataclasses.replace(row.needs, temporaries=int(used - held)))
-    if row.spare >= 0:  # by a limit below the datasheet's
-        raise InputError(f"{row.job.name} on {row.topology.name}: {note}")
-    return dataclasses.replace(row, note=note)
+    """The row of a program for which the compiler found no room, with its first sentence; sizes stay arithmetic."""
+    sentence = " ".join(message.split()).split(". ")[0].rstrip(".")
+    return dataclasses.replace(row, is_refused=True, note=f"the compiler: {sentence[:QUOTED]}")
 
 
 # --- Words ---
