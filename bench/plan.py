@@ -283,8 +283,7 @@ def check(job: Job, topology: Topology, mesh: str) -> Row:
         compiled = compile_job(job, topology, row.sizes)
     except OutOfMemoryError as error:
         return _refused(row, str(error))
-    note = f"compiled ({compiled.kernel}) in {compiled.seconds:.0f} s"
-    return dataclasses.replace(row, needs=compiled.needs, compiled=compiled, note=note)
+    return dataclasses.replace(row, needs=compiled.needs, compiled=compiled, note=f"compiled ({compiled.kernel})")
 
 
 def _refused(row: Row, message: str) -> Row:
@@ -311,7 +310,7 @@ def describe(row: Row) -> list[str]:
         f"at least {row.work.bytes / 1e9:.2f} GB read, {_rate(chip.bandwidth, 1e9, 'GB')}",
     ]
     if row.compiled:
-        lines.append(f"  exchanges   {total(row.compiled.collectives)}")
+        lines.append(f"  exchanges   {total(row.compiled.collectives)} (compiling took {row.compiled.seconds:.0f} s)")
     return lines + ([f"  {line}" for line in describe(row.least)] if row.least else [])
 
 
