@@ -174,8 +174,8 @@ def _auto_model(job: Job, topology: Topology) -> int:
 
 def _auto_step_sizes(job: Job, topology: Topology) -> dict[str, int]:
     """As many sequences side by side as fit: the smallest model axis with which weights and caches do."""
-    least, devices = _auto_model(job, topology), topology.num_devices
-    axes = [n for n in model_axis_sizes(job.config) if devices % n == 0 and n >= least]
+    devices = topology.num_devices
+    axes = [n for n in model_axis_sizes(job.config) if devices % n == 0]
     choices = [{DATA: math.gcd(job.batch, devices // n), CONTEXT: 1, MODEL: n} for n in axes]
     totals = [needs.estimate(job, needs.mesh_of_sizes(sizes)).total for sizes in choices]
     fits = (i for i, size in enumerate(totals) if size <= topology.chip.memory)
