@@ -151,8 +151,9 @@ def _prefill_parts(job: Job, mesh: Mesh | AbstractMesh) -> tuple[int, int, int]:
     queries = (FLOAT32 + ITEM) * rows * local.num_attention_heads * H
     gathered = 4 * ITEM * layout.padded * local.num_key_value_heads * H
     mlp = FLOAT32 * min(rows, MLP_ROWS) * local.intermediate_size
-    layer, loss = 2 * stream + queries + gathered + mlp, 3 * stream + FLOAT32 * rows * VOCAB_CHUNK
-    temporaries = stream_bytes(job, mesh) + max(layer, loss)
+    ordered = stream if layout.has_even_parts else FLOAT32 * layout.padded * config.hidden_size  # or whole everywhere
+    layer, loss = 2 * stream + queries + gathered + mlp, 2 * stream + ordered + FLOAT32 * rows * VOCAB_CHUNK
+    temporaries = stream_bytes(job, mesh) + max(layer, loss, stream + _table_bytes(local))
     return prefill_cache_bytes(job, mesh), temporaries, 2 * prefill_index_bytes(job, mesh)
 
 
@@ -173,7 +174,13 @@ def _step_parts(job: Job, mesh: Mesh | AbstractMesh) -> tuple[int, int, int]:
     scores = 3 * FLOAT32 * sequences * _scored_heads(job, mesh) * job.cache_size if job.count(ANCHOR) else 0
     logits = 2 * FLOAT32 * sequences * local.vocab_size
     rearranged = 0 if job.config.head_dim % 128 == 0 else 2 * cache // job.config.num_hidden_layers  # XLA's gathers
-    return cache, scores + logits + rearranged, step_index_bytes(job, mesh)
+    temporaries = scores + logits + rearranged + _table_bytes(local)
+    return cache, temporaries, step_index_bytes(job, mesh)
+
+
+def _table_bytes(local: LlamaConfig) -> int:
+    """Of the embedding, which the TPU's compiler copies to read it as integers."""
+    return ITEM * local.vocab_size * local.hidden_size
 
 
 def _sequences(job: Job, mesh: Mesh | AbstractMesh) -> int:
