@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -699,7 +700,6 @@ class Forward:
       begin, end: the programs before and after the layers.
       layers: each layer's program.
       collect: for each layer that chooses tiles the program that puts them in the sequence's order.
-      sources: for each layer that reuses tiles, `ModelShards.sources`.
       seconds: that tracing and compiling took.
     """
 
@@ -712,7 +712,6 @@ class Forward:
     end: Any
     layers: tuple[Any, ...]
     collect: Mapping[int, Any]
-    sources: Mapping[int, jax.Array]
     seconds: float = 0.0
 
     def __call__(self, params: Any, input_ids: jax.Array) -> Output:
@@ -744,6 +743,12 @@ class Forward:
         if self.mesh is not None and self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu":
             jax.block_until_ready(out)
         return out
+
+    @functools.cached_property
+    def sources(self) -> dict[int, jax.Array]:
+        """For each layer that reuses tiles, `ModelShards.sources`; placed here, for a plan's devices hold nothing."""
+        reusing = ((i, plan) for i, plan in enumerate(self.schedule) if plan.mode == REUSE)
+        return {i: place(self.shards.sources(plan), self.mesh, PartitionSpec(MODEL)) for i, plan in reusing}
 
     @property
     def programs(self) -> list[Any]:
@@ -811,11 +816,12 @@ class _ForwardBuilder:
             begin = pool.submit(compile_ahead, self._begin, (outer, ids), self.mesh)
             end = pool.submit(compile_ahead, self._end, (outer, self.stream, self.row_ids), self.mesh)
             rope = (self._array((1, self.layout.padded, 1, self.model.config.head_dim // 2), jnp.float32, ROPE),) * 2
+            sources = self._array(self.shards.copies.shape, jnp.int32, PartitionSpec(MODEL))
             layers, collect, kinds = {}, {}, []
             chosen: dict[int, Any] = {}  # of each layer that chooses, the tiles' shape
             for i, plan in enumerate(schedule):
                 kinds.append(self._kind(i, chosen))
-                reused = () if plan.anchor is None else (chosen[plan.anchor], self._sources(plan))
+                reused = () if plan.anchor is None else (chosen[plan.anchor], sources)
                 args = (inner[f"layer_{i}"], self.stream, rope, *reused)
                 if kinds[i] not in layers:
                     function = self._layer(kinds[i])
@@ -836,7 +842,6 @@ class _ForwardBuilder:
                 end.result(),
                 tuple(layers[kind][0].result() for kind in kinds),
                 {i: collect[tiles.shape].result() for i, tiles in chosen.items()},
-                {i: self._sources(plan) for i, plan in enumerate(schedule) if plan.mode == REUSE},
             )
 
     def _kind(self, layer: int, chosen: Mapping[int, Any]) -> _Kind:
@@ -879,21 +884,27 @@ class _ForwardBuilder:
 
         def local(outer: Any, x_BTD: jax.Array, next_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
             x_BTD = self.model.apply({"params": outer}, x_BTD, method="normed")
-            return self.model.apply({"params": outer}, x_BTD, next_ids_BT, method="next_token_nll"), x_BTD
+            nll = self.model.apply({"params": outer}, x_BTD, next_ids_BT, method="next_token_nll")
+            return nll, self._own_part(x_BTD, 1)
 
         in_specs = (self._outer_specs(outer), self.rows, self.rows)
         nll, x_BTD = shard(local, self.mesh, in_specs, (self.rows, self.rows))(outer, x_BTD, next_ids_BT)
         length = self.layout.length
-        return self.layout.collect(nll, 1)[:, : length - 1], self.layout.collect(x_BTD, 1)[:, :length]
+        return self.layout.collect(nll, 1)[:, : length - 1], self._in_order(x_BTD, 1)[:, :length]
 
     def _collect(self, tiles_BKQC: jax.Array) -> jax.Array:
         """A layer's tiles in the order of the sequence, one row of them for each KV head."""
         num_query_tiles = tile_count(self.layout.length, self.model.selection.query_tile)
-        return self.layout.collect(self.shards.unique(tiles_BKQC), 2)[:, :, :num_query_tiles]
+        ordered = shard(lambda x: self._own_part(x, 2), self.mesh, (self.tiles,), self.tiles)
+        return self._in_order(self.shards.unique(ordered(tiles_BKQC)), 2)[:, :, :num_query_tiles]
 
-    def _sources(self, plan: LayerPlan) -> jax.Array:
-        sources = self.shards.sources(plan)
-        return place(sources, self.mesh, PartitionSpec(MODEL)) if self.mesh else jnp.asarray(sources)
+    def _own_part(self, x: jax.Array, axis: int) -> jax.Array:
+        """Inside `jax.shard_map`, where the layout can: each shard's part of the sequence, so that none holds all."""
+        return self.layout.own_part(x, axis) if self.layout.has_even_parts else x
+
+    def _in_order(self, x: jax.Array, axis: int) -> jax.Array:
+        """Outside it: in the order of the sequence, whether or not `_own_part` could."""
+        return x if self.layout.has_even_parts else self.layout.collect(x, axis)
 
     def _outer_specs(self, outer: Any) -> Any:
         specs = self.shards.specs()["params"]

@@ -273,3 +273,42 @@ def divisors(config: LlamaConfig) -> list[int]:
     """The sizes of the model axis that a model can be split by."""
     heads, columns = config.num_attention_heads, config.intermediate_size
     return [n for n in range(1, heads + 1) if heads % n == 0 and columns % n == 0]
+
+
+WEIGHTS_SHARE = 0.6  # of a device's memory, at most: the rest is for the cache, tiles and what a layer computes
+
+
+def auto_model_axis(config: LlamaConfig, bytes_of_weights: int, memory_per_device: int, num_devices: int) -> int:
+    """The smallest model axis with which the weights leave room on each device: a split costs two sums a layer.
+
+    Args:
+      config: of the model.
+      bytes_of_weights: of the whole model, as they are held on the devices.
+      memory_per_device: bytes.
+      num_devices: that the axis has to divide.
+
+    Returns:
+      A power of two that divides the query heads and the MLP's columns.
+
+    Raises:
+      InputError: the weights fit into no mesh of these devices; it says the least number that would do.
+    """
+    sizes = model_axis_sizes(config)
+    fits = [n for n in sizes if bytes_of_weights / n <= WEIGHTS_SHARE * memory_per_device]
+    if found := [n for n in fits if num_devices % n == 0]:
+        return found[0]
+    weights, memory = f"{bytes_of_weights / 1e9:.1f} GB", f"{memory_per_device / 1e9:.1f} GB"
+    least = (
+        f"{fits[0]} devices would do"
+        if fits
+        else f"no number of them would do, since this model is split in {sizes[-1]} at most"
+    )
+    raise InputError(
+        f"mesh: {weights} of weights do not fit {num_devices} device(s) of {memory}, of which they may take "
+        f"{WEIGHTS_SHARE:.0%}; {least}"
+    )
+
+
+def model_axis_sizes(config: LlamaConfig) -> list[int]:
+    """The powers of two among `divisors`."""
+    return [n for n in divisors(config) if n & (n - 1) == 0]

@@ -105,6 +105,26 @@ class Layout:
         """From the shards' order to the sequence's, along an axis of tokens or of tiles, padding included."""
         return self._take_blocks(x, axis, np.argsort(self.blocks_by_shard().reshape(-1)))
 
+    @property
+    def has_even_parts(self) -> bool:
+        """Whether every shard holds as many blocks of each shard's part of the sequence, so that `own_part` can."""
+        return self.num_blocks % self.num_shards**2 == 0
+
+    def own_part(self, x: jax.Array, axis: int) -> jax.Array:
+        """Inside `jax.shard_map`: from the calling shard's blocks to its part of the sequence, as long and contiguous.
+
+        No shard gets more than its part, where `collect` outside makes every shard hold the whole.
+        """
+        n, shape = self.num_shards, x.shape
+        if n == 1:
+            return x
+        per_part = self.num_blocks // n**2  # blocks that each shard has of a part
+        x = x.reshape(*shape[:axis], n * per_part, -1, *shape[axis + 1 :])
+        x = jax.lax.all_to_all(x, CONTEXT, axis, axis, tiled=True)  # now by the shard that had them
+        held = self.blocks_by_shard().reshape(n, n, per_part).swapaxes(0, 1).reshape(n, -1)  # of each part
+        order = jnp.asarray(np.argsort(held, axis=1))[jax.lax.axis_index(CONTEXT)]
+        return jnp.take(x, order, axis=axis).reshape(shape)
+
     def _take_blocks(self, x: jax.Array, axis: int, order: np.ndarray) -> jax.Array:
         if self.num_shards == 1:
             return x
