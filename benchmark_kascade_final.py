@@ -42,7 +42,7 @@ from kascade_core import (
     publish_tiles,
     tile_count,
 )
-from llama_model import Forward, LlamaConfig, LlamaModel, Output, count_parameters, load_weights
+from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
 from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, measure_task, oracle_of
 from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depth
 from measure.densities import map_tiles, measure_density
@@ -63,6 +63,7 @@ from measure.settings import Settings, mesh_axes
 from measure.tasks import ANSWER_ROOM, Task, make_tasks
 from measure.texts import Windows, hash_of, load_windows
 from measure.timing import compile_attention, measure_length
+from network.programs import Forward, Output
 from report import console, tables
 from report.results import (
     Layer,

@@ -248,27 +248,6 @@ def _as_params(chunks: dict[str, Any]) -> dict[str, Any]:
     return {"params": chunks[EMBEDDINGS_CHUNK] | layers}
 
 
-WEIGHT_SHARE = 0.6  # of a device's memory that the weights may take; the rest is for keys, values and the work
-
-
-def auto_model_axis(config: LlamaConfig, bytes_of_weights: int, memory_per_device: int, num_devices: int) -> int:
-    """The smallest size of the model axis, a power of two, with which the weights fit.
-
-    Raises:
-      InputError: they fit no mesh of these devices; it says how many there would have to be.
-    """
-    room = WEIGHT_SHARE * memory_per_device
-    sizes = [n for n in divisors(config) if n & (n - 1) == 0]
-    fitting = [n for n in sizes if bytes_of_weights / n <= room]
-    if fitting and fitting[0] <= num_devices and num_devices % fitting[0] == 0:
-        return fitting[0]
-    needed = f"at least {fitting[0]} devices would" if fitting else "the query heads divide no further"
-    raise InputError(
-        f"mesh: weights of {bytes_of_weights / 1e9:.1f} GB fit no mesh of {num_devices} device(s) of "
-        f"{memory_per_device / 1e9:.1f} GB, of which they may take {WEIGHT_SHARE:.0%}: {needed}"
-    )
-
-
 def divisors(config: LlamaConfig) -> list[int]:
     """The sizes of the model axis that a model can be split by."""
     heads, columns = config.num_attention_heads, config.intermediate_size

@@ -143,8 +143,8 @@ def prepare_ours(
 def prefill_ours(model: Any, params: Any, windows: np.ndarray, mesh: Any) -> tuple[Any, np.ndarray]:
     """The cache of all windows, filled one by one, and the likeliest token after each, int32 [B, 1]."""
     from attention.sharding import keep_on, move, steps_mesh
-    from llama_model import join_caches
     from measure.decoding import cache_dtype, cache_size
+    from network.cache import join_caches
 
     device = mesh.devices.flat[0]
     forward = model.compile(params, windows[:1], mesh, with_cache=True)

@@ -42,7 +42,9 @@ from attention.sharding import WHOLE, Layout, compile_ahead, device_bytes, make_
 from bench.needs import sparse_schedule
 from errors import UnsupportedError
 from kascade_core import REUSE, LayerPlan, Selection, tile_count
-from llama_model import Block, Forward, LlamaModel, rope_table
+from llama_model import LlamaModel
+from network.layers import Block, rope_table
+from network.programs import Forward
 from weights.config import LlamaConfig
 
 TOPOLOGIES = {"v5e": ("v5e:2x2", 16e9), "v6e": ("v6e:2x2", 32e9)}  # name, bytes of HBM a chip

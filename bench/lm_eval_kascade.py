@@ -34,11 +34,13 @@ from tqdm import tqdm
 from attention.sharding import CACHE, jit, keep_on, make_mesh, move, steps_mesh
 from errors import InputError, Parser, exit_on_bad_input, quote
 from kascade_core import tile_count
-from llama_model import Decoder, Forward, KVCache, LlamaModel, load_weights
+from llama_model import LlamaModel, load_weights
 from measure.decoding import CACHE_DTYPE
 from measure.machine import configure_device, pick_dtype
 from measure.schedules import SavedSchedule, load_schedule
 from measure.settings import DTYPES, names, whole_number
+from network.cache import KVCache
+from network.programs import Decoder, Forward
 from report.results import write_json
 from report.tables import markdown
 from weights.folder import DEFAULT_WEIGHTS, read_manifest

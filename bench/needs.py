@@ -16,7 +16,9 @@ from jax.sharding import AbstractMesh, Mesh
 from attention.model_axis import ModelShards
 from attention.sharding import AXES, CONTEXT, DATA, Layout, device_bytes
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection, freeze_schedule, tile_count
-from llama_model import MLP_ROWS, VOCAB_CHUNK, KVCache
+from llama_model import VOCAB_CHUNK
+from network.cache import KVCache
+from network.layers import MLP_ROWS
 from weights.config import LlamaConfig
 
 DTYPE = jnp.bfloat16  # of weights, cache and products

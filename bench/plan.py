@@ -38,8 +38,11 @@ from bench.needs import DTYPE, Job, Needs, Work
 from bench.topologies import HERE, Topology
 from errors import QUOTED, InputError, Parser, exit_on_bad_input, quote
 from kascade_core import Selection, freeze_schedule
-from llama_model import Forward, KVCache, LlamaModel
+from llama_model import LlamaModel
 from measure.machine import pick_kernel
+from measure.settings import mesh_axes
+from network.cache import KVCache
+from network.programs import Forward
 from report.tables import markdown
 from weights.config import LlamaConfig
 from weights.folder import read_manifest
@@ -130,12 +133,7 @@ def parse_mesh(text: str, num_devices: int) -> dict[str, int]:
     Raises:
       InputError: another axis, no number, or not as many devices as there are.
     """
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        axis, _, size = part.strip().partition("=")
-        if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
-            raise InputError(f"mesh {quote(text)}: expected {AUTO} or sizes of {', '.join(AXES)}, as data=1,model=8")
-        sizes[axis] = int(size)
+    sizes = mesh_axes(text)
     sizes = {axis: sizes.get(axis, 0 if axis == CONTEXT else 1) for axis in AXES}
     others = sizes[DATA] * sizes[MODEL]
     if num_devices % others:

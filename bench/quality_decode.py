@@ -27,12 +27,14 @@ from bench import quality
 from bench.quality import SETTINGS, WINDOWS, Bench, Setting, format_windows, read_articles, write_articles
 from errors import Parser, exit_on_bad_input
 from kascade_core import DENSE, REUSE, Schedule
-from llama_model import Comparison, Decoder, Forward, KVCache, LlamaModel, load_weights
+from llama_model import Comparison, LlamaModel, load_weights
 from measure.decoding import cache_dtype, cache_size, step_densities
 from measure.layerwise import LayerRunner
 from measure.machine import configure_device
 from measure.quality import compile_comparison
 from measure.settings import whole_number
+from network.cache import KVCache
+from network.programs import Decoder, Forward
 from report.tables import ResultsFile, markdown
 from weights.folder import DEFAULT_WEIGHTS, read_manifest
 from weights.tokenizers import load_tokenizer

@@ -21,9 +21,11 @@ from tqdm import tqdm
 
 from attention.sharding import jit, keep_on, move, steps_mesh
 from kascade_core import ANCHOR, REUSE, attended_tiles, mean_density, tile_count
-from llama_model import Decoded, Decoder, KVCache, LlamaModel, join_caches
+from llama_model import LlamaModel
 from measure.decoding import CACHE_DTYPE, check_cache_fits, step_densities
 from measure.tasks import ANSWER_ROOM, CANDIDATES, Ids, Item, Task
+from network.cache import KVCache, join_caches
+from network.programs import Decoded, Decoder
 from report.results import PROMPT, QUESTION, Answers, TaskRow
 
 DENSE_ARM, SPARSE_ARM, ORACLE_ARM = "dense", "sparse", "oracle"

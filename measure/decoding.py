@@ -17,11 +17,13 @@ from attention import decode
 from attention.sharding import keep_on, move, place, steps_mesh
 from errors import InputError, UnsupportedError
 from kascade_core import DENSE, LayerPlan, density_of_step, tile_count
-from llama_model import Comparison, Decoded, Decoder, Forward, KVCache, LlamaModel, join_caches
+from llama_model import Comparison, LlamaModel
 from measure.machine import free_memory, memory_bandwidth
 from measure.quality import compile_comparison
 from measure.settings import Settings
 from measure.texts import Windows
+from network.cache import KVCache, join_caches
+from network.programs import Decoded, Decoder, Forward
 from report.results import Decoding, DepthRow, Generated
 
 CACHE_DTYPE = {"cpu": "float32"}  # XLA's CPU reads keys in bfloat16 no faster; elsewhere the run's own dtype

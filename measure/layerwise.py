@@ -27,7 +27,8 @@ from kascade_core import (
     similarity_matrix,
     tile_count,
 )
-from llama_model import Block, Comparison, LlamaModel, Rope, rms_norm, rope_table
+from llama_model import Comparison, LlamaModel
+from network.layers import Block, Rope, rms_norm, rope_table
 
 COMPARED_ROWS = 32  # of a device, compared at a time
 

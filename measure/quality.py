@@ -13,8 +13,9 @@ from jax.sharding import Mesh, PartitionSpec
 from attention.model_axis import ModelShards
 from attention.sharding import CONTEXT, DATA, jit, pad_axis, shard
 from kascade_core import tile_count
-from llama_model import Comparison, Forward, LlamaModel, Output
+from llama_model import Comparison, LlamaModel
 from measure.settings import SHORT_CONTEXT
+from network.programs import Forward, Output
 from report.results import LongContext
 
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention.model_axis import ModelShards, auto_model_axis
+from attention.model_axis import ModelShards
 from bench import compile_tpu, needs, topologies
 from bench import plan as planning
 from bench.collectives import Collective, count_collectives, total
 from bench.needs import Job, Needs, Work
-from errors import InputError
 from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, Selection, freeze_schedule, select_tiles
-from llama_model import KVCache, LlamaModel
+from llama_model import LlamaModel
+from network.cache import KVCache
 from weights.config import LlamaConfig
 
 TINY = LlamaConfig(
@@ -117,23 +117,6 @@ def test_the_keys_that_a_row_keeps_are_those_of_the_selection(selection):
 
 
 # --- Meshes ---
-
-
-def test_the_model_axis_is_the_smallest_power_of_two_that_leaves_room():
-    """Of 100 bytes a device, weights may take 60."""
-    config = dataclasses.replace(TINY, num_attention_heads=24, intermediate_size=24)
-    axis = [auto_model_axis(config, weights, 100, 16) for weights in (60, 61, 121, 241, 480)]
-    assert axis == [1, 2, 4, 8, 8]
-
-
-@pytest.mark.parametrize(
-    ("weights", "devices", "least"),
-    [(481, 16, "no number of them would do, since this model is split in 8 at most"), (241, 4, "8 devices would do")],
-)
-def test_weights_that_fit_no_mesh_are_an_error_that_says_how_many_devices_would_do(weights, devices, least):
-    config = dataclasses.replace(TINY, num_attention_heads=24, intermediate_size=24)
-    with pytest.raises(InputError, match=f"do not fit {devices} device.*{least}"):
-        auto_model_axis(config, weights, 100, devices)
 
 
 def test_a_mesh_is_read_by_name_and_context_takes_what_is_left():

@@ -13,11 +13,12 @@ from attention.model_axis import ModelShards, auto_model_axis
 from attention.sharding import keep_on, make_mesh, move, steps_mesh
 from errors import InputError
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection
-from llama_model import KVCache, LlamaModel
+from llama_model import LlamaModel
 from measure.layerwise import LayerRunner
 from measure.machine import pick_mesh
 from measure.quality import compile_comparison
 from measure.settings import mesh_axes
+from network.cache import KVCache
 from weights.config import EMBEDDINGS_CHUNK, LlamaConfig, chunk_shapes
 
 SIZES = dict(hidden_size=24, intermediate_size=16, num_hidden_layers=3, head_dim=6, max_position_embeddings=128)
@@ -183,17 +184,21 @@ def test_an_axis_that_does_not_divide_is_refused():
         make_mesh(jax.devices(), data=3)
 
 
-def test_auto_splits_the_weights_by_as_few_devices_as_hold_them():
-    config = MODELS["as many KV heads"]
-    assert auto_model_axis(config, 10 * 10**9, 16 * 10**9, 8) == 2  # 9.6 GB of 16 are for weights
-    assert auto_model_axis(config, 9 * 10**9, 16 * 10**9, 8) == 1
-    assert auto_model_axis(config, 70 * 10**9, 16 * 10**9, 8) == 8
-    with pytest.raises(
-        InputError, match=r"weights of 70.0 GB fit no mesh of 4 device\(s\) of 16.0 GB.*8 devices would"
-    ):
-        auto_model_axis(config, 70 * 10**9, 16 * 10**9, 4)
-    with pytest.raises(InputError, match="the query heads divide no further"):
-        auto_model_axis(config, 140 * 10**9, 16 * 10**9, 64)
+def test_the_model_axis_is_the_smallest_power_of_two_that_leaves_room():
+    """Of 100 bytes a device, weights may take 60."""
+    config = dataclasses.replace(MODELS["as many KV heads"], num_attention_heads=24, intermediate_size=24)
+    axis = [auto_model_axis(config, weights, 100, 16) for weights in (60, 61, 121, 241, 480)]
+    assert axis == [1, 2, 4, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("weights", "devices", "least"),
+    [(481, 16, "no number of them would do, since this model is split in 8 at most"), (241, 4, "8 devices would do")],
+)
+def test_weights_that_fit_no_mesh_are_an_error_that_says_how_many_devices_would_do(weights, devices, least):
+    config = dataclasses.replace(MODELS["as many KV heads"], num_attention_heads=24, intermediate_size=24)
+    with pytest.raises(InputError, match=f"do not fit {devices} device.*{least}"):
+        auto_model_axis(config, weights, 100, devices)
 
 
 def test_the_mesh_is_as_asked_or_made_for_the_weights():
