@@ -32,7 +32,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import convert_weights
-from attention.sharding import compiler_options, first_device, make_mesh
+from attention.sharding import DATA, compiler_options, first_device
 from errors import ctrl_c_raises
 from kascade_core import (
     Schedule,
@@ -43,7 +43,7 @@ from kascade_core import (
     publish_tiles,
     tile_count,
 )
-from llama_model import Forward, LlamaConfig, LlamaModel, Output, count_parameters, load_weights
+from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
 from measure import hosts
 from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, measure_task, oracle_of
 from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depth
@@ -54,16 +54,18 @@ from measure.machine import (
     peak_memory,
     pick_dtype,
     pick_kernel,
+    pick_mesh,
     processor_name,
     time_interleaved,
 )
 from measure.quality import compare, long_context_loss, run_windows
 from measure.resume import Earlier, earlier_rows, measure_rows, save_partly
 from measure.schedules import SavedSchedule, find_schedule, load_schedule, save_schedule
-from measure.settings import Settings
+from measure.settings import Settings, mesh_axes
 from measure.tasks import ANSWER_ROOM, Task, make_tasks
 from measure.texts import Windows, hash_of, load_windows
 from measure.timing import compile_attention, measure_length
+from network.programs import Forward, Output
 from report import console, tables
 from report.results import (
     Layer,
@@ -98,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with (
             beside,
             hosts.first_alone_prints(),
-        ):  # the report alone is on the standard output where it is asked for there
+        ):  # on the standard output is the report alone where it is asked for there
             results = run(settings, list(sys.argv[1:] if argv is None else argv))
         if hosts.is_first():
             write_outputs(settings, results)
@@ -232,9 +234,6 @@ def prepare(settings: Settings, say: Say) -> Setup:
     say(f"🖥️  Configuring JAX to use {settings.device.upper()}...")
     devices = configure_device(settings.device)
     hosts.check_devices()
-    mesh = make_mesh(devices)
-    options = compiler_options(first_device(mesh))
-    machine = Machine(settings.device, devices[0].device_kind, len(devices), processor_name(), options)
     where = f" of {hosts.num_processes()} processes" * (hosts.num_processes() > 1)
     say(f"✓ JAX using {len(devices)} {settings.device.upper()} device(s){where}: {[device.id for device in devices]}\n")
 
@@ -245,6 +244,9 @@ def prepare(settings: Settings, say: Say) -> Setup:
         settings = dataclasses.replace(settings, selection=saved.selection)
         warn_of_other_length(saved.calibrated_on.tokens, settings.seq_len)
     settings = resolve(settings, manifest, devices, say)
+    mesh, why_mesh = pick_mesh(mesh_axes(settings.mesh), devices, manifest.config, settings.dtype)
+    machine = describe_machine(settings.device, mesh)
+    say(f"✓ Mesh {console.mesh(machine.mesh)} ({why_mesh})\n")
     say(f"📦 Loading weights from {weights_dir}...")
     dtype = jnp.dtype(settings.dtype)
     params = load_weights(weights_dir, manifest, dtype, mesh)
@@ -288,7 +290,8 @@ def run_both(setup: Setup, plans: Schedule, say: Say) -> Both:
     settings, params, mesh, test = setup.settings, setup.params, setup.mesh, setup.windows.test
     decodes = bool(settings.decode or settings.generate)
     say("🏃 Running DENSE Baseline...")
-    dense = setup.model.compile(params, test[0], mesh, with_cache=decodes)
+    shape = jax.ShapeDtypeStruct((mesh.shape[DATA], settings.seq_len), jnp.int32)
+    dense = setup.model.compile(params, shape, mesh, with_cache=decodes)
     dense_outputs = run_windows(dense, params, test)
     dense_perplexity = perplexity_of(np.concatenate([output.nll for output in dense_outputs]))
     warn(check_perplexity(dense_perplexity, setup.manifest.config.vocab_size, len(test) * (test[0].size - 1)))
@@ -296,7 +299,7 @@ def run_both(setup: Setup, plans: Schedule, say: Say) -> Both:
 
     say("⚡ Running KASCADE Sparse...")
     sparse_model = setup.model.clone(schedule=plans)
-    sparse = sparse_model.compile(params, test[0], mesh, with_cache=decodes)
+    sparse = sparse_model.compile(params, shape, mesh, with_cache=decodes)
     sparse_outputs = run_windows(sparse, params, test)
     publish_tiles(sparse_outputs[0].tiles)
     attended = attended_tiles(plans, sparse_outputs[0].tiles)
@@ -476,9 +479,17 @@ def resolve(settings: Settings, manifest: Manifest, devices: Sequence[jax.Device
         settings.kernel, device, settings.selection, longest, config.head_dim, dtype, capability
     )
     say(f"✓ Matrix inputs in {dtype} ({why_dtype})")
-    say(f"✓ Attention by {kernel} ({why_kernel})\n")
+    say(f"✓ Attention by {kernel} ({why_kernel})")
     warn_beyond_context(longest, config)
     return dataclasses.replace(settings, dtype=dtype, kernel=kernel)
+
+
+def describe_machine(platform: str, mesh: Mesh) -> Machine:
+    """The devices as the report names them."""
+    device = first_device(mesh)
+    return Machine(
+        platform, device.device_kind, mesh.size, processor_name(), compiler_options(device), dict(mesh.shape)
+    )
 
 
 def describe_model(manifest: Manifest, params: Any) -> Model:

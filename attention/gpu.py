@@ -81,7 +81,7 @@ def dense(
                 q_BTNH, k_BSKH, v_BSKH, is_causal=True, local_window_size=local, implementation="cudnn"
             )
     M = math.gcd(layout.block, TILE_SIZES[-1])
-    tiles_QC = causal_tiles(layout, M)
+    tiles_QC = causal_tiles(layout, M, M)
     tiles_BKQC = jnp.broadcast_to(tiles_QC, (*k_BKHS.shape[:2], *tiles_QC.shape))
     return reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, Selection(tile_size=M, window=window), layout)
 

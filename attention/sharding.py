@@ -1,13 +1,15 @@
 """Where work is split: a sequence in blocks, blocks on the devices of a mesh, and the one place that jits.
 
-The mesh has one axis, AXIS. Query tiles are split over it; keys and values, small under grouped queries, are gathered
-to every device. Letters as in kascade_core.
+The mesh has three axes: DATA splits the batch, CONTEXT query tiles (keys and values, small under grouped queries, are
+gathered to every device of it), MODEL heads, MLP columns and the vocabulary (`attention.model_axis`). Letters as in
+kascade_core.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,16 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from errors import InputError
 from kascade_core import NO_TILE, tile_count
 
-AXIS = "context"  # the mesh's axis for query tiles
+DATA, CONTEXT, MODEL = AXES = "data", "context", "model"  # of the mesh
 BLOCK = 256  # tokens in a block of queries or of keys, at most: its scores stay in a core's cache
 
 # How an array is split over the mesh, by what it holds.
-WHOLE = PartitionSpec()  # parameters, keys and values: every device has all of it
-FIRST = PartitionSpec(AXIS)  # split along the first axis
-ROWS = PartitionSpec(None, AXIS)  # [B, T, ...]: tokens, queries, outputs
-TILES = PartitionSpec(None, None, AXIS)  # [B, K, Q, ...]: tiles of each KV head and query tile
+WHOLE = PartitionSpec()  # every device has all of it
+FIRST = PartitionSpec(AXES)  # split along the first axis, over all devices
+ROWS = PartitionSpec(DATA, CONTEXT)  # [B, T, ...]: tokens and the residual stream
+HEAD_ROWS = PartitionSpec(DATA, CONTEXT, MODEL)  # [B, T, N, H]: queries, keys and values of the shards' own tokens
+HEADS = PartitionSpec(DATA, MODEL)  # [B, K, ...]: the whole sequence's keys and values
+TILES = PartitionSpec(DATA, MODEL, CONTEXT)  # [B, K, Q, ...]: tiles of each KV head and query tile
+CACHE = PartitionSpec((DATA, MODEL))  # [Z, S, H]: a cache's keys and values
 
 # What XLA's CPU compiler is told. By default it orders the work so that all layers' buffers exist at once: at 8192
 # tokens 366 MB a device instead of 90. (Leave its YNNPACK products on: without them it needs 0.8 GB less there, but
@@ -41,7 +47,7 @@ TPU_OPTIONS = {"xla_tpu_offload_gather_to_sparsecore": "false"}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A sequence padded to equal blocks of whole tiles, assigned to the shards of the mesh's axis.
+    """A sequence padded to equal blocks of whole tiles, assigned to the shards of the mesh's context axis.
 
     Blocks are assigned in a zigzag (shards 0 1 2 2 1 0 0 1 ...), so that every shard gets the same causal work.
 
@@ -80,7 +86,7 @@ class Layout:
 
     def local_blocks(self) -> jax.Array:
         """int32 [J]: the blocks of the calling shard, inside `jax.shard_map`."""
-        shard = jax.lax.axis_index(AXIS) if self.num_shards > 1 else 0
+        shard = jax.lax.axis_index(CONTEXT) if self.num_shards > 1 else 0
         return jnp.asarray(self.blocks_by_shard(), jnp.int32)[shard]
 
     def local_positions(self) -> jax.Array:
@@ -99,6 +105,26 @@ class Layout:
         """From the shards' order to the sequence's, along an axis of tokens or of tiles, padding included."""
         return self._take_blocks(x, axis, np.argsort(self.blocks_by_shard().reshape(-1)))
 
+    @property
+    def has_even_parts(self) -> bool:
+        """Whether every shard holds as many blocks of each shard's part of the sequence, so that `own_part` can."""
+        return self.num_blocks % self.num_shards**2 == 0
+
+    def own_part(self, x: jax.Array, axis: int) -> jax.Array:
+        """Inside `jax.shard_map`: from the calling shard's blocks to its part of the sequence, as long and contiguous.
+
+        No shard gets more than its part, where `collect` outside makes every shard hold the whole.
+        """
+        n, shape = self.num_shards, x.shape
+        if n == 1:
+            return x
+        per_part = self.num_blocks // n**2  # blocks that each shard has of a part
+        x = x.reshape(*shape[:axis], n * per_part, -1, *shape[axis + 1 :])
+        x = jax.lax.all_to_all(x, CONTEXT, axis, axis, tiled=True)  # now by the shard that had them
+        held = self.blocks_by_shard().reshape(n, n, per_part).swapaxes(0, 1).reshape(n, -1)  # of each part
+        order = jnp.asarray(np.argsort(held, axis=1))[jax.lax.axis_index(CONTEXT)]
+        return jnp.take(x, order, axis=axis).reshape(shape)
+
     def _take_blocks(self, x: jax.Array, axis: int, order: np.ndarray) -> jax.Array:
         if self.num_shards == 1:
             return x
@@ -114,10 +140,10 @@ def pad_axis(x: jax.Array, axis: int, length: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def causal_tiles(layout: Layout, tile_size: int) -> jax.Array:
-    """tiles_QC of a dense layer, ascending: every tile up to its own, for the query tiles of the calling shard."""
-    own_Q1 = layout.local_positions()[::tile_size, None] // tile_size
-    tiles_1C = jnp.arange(layout.padded // tile_size)[None]
+def causal_tiles(layout: Layout, tile_size: int, query_tile: int) -> jax.Array:
+    """tiles_QC of a dense layer, ascending: every tile up to its last row's, for the calling shard's query tiles."""
+    own_Q1 = layout.local_positions()[query_tile - 1 :: query_tile, None] // tile_size
+    tiles_1C = jnp.arange(tile_count(layout.padded, tile_size))[None]
     return jnp.where(tiles_1C <= own_Q1, tiles_1C, NO_TILE)
 
 
@@ -125,15 +151,36 @@ def gather_keys(x: jax.Array, axis: int, layout: Layout) -> jax.Array:
     """Keys or values of the whole sequence, in its order, from the calling shard's own; `axis` is that of time."""
     if layout.num_shards == 1:
         return x
-    return layout.collect(jax.lax.all_gather(x, AXIS, axis=axis, tiled=True), axis)
+    return layout.collect(jax.lax.all_gather(x, CONTEXT, axis=axis, tiled=True), axis)
 
 
 # --- Devices ---
 
 
-def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """All devices on AXIS."""
-    return Mesh(np.array(devices), (AXIS,))
+def make_mesh(devices: Sequence[jax.Device], data: int = 1, model: int = 1, context: int | None = None) -> Mesh:
+    """The first devices on three axes; without `context` all of them, those that the other two leave on CONTEXT.
+
+    Raises:
+      InputError: there are fewer devices, or they do not divide.
+    """
+    count = len(devices)
+    if context is None and count % (data * model):
+        raise InputError(f"mesh: data={data} and model={model} do not divide the {count} devices: give context too")
+    context = context or count // (data * model)
+    if data * context * model > count:
+        raise InputError(
+            f"mesh: data={data}, context={context}, model={model} needs {data * context * model} devices, and there "
+            f"are {count}"
+        )
+    return Mesh(np.array(devices[: data * context * model]).reshape(data, context, model), AXES)
+
+
+def batch_spec(spec: PartitionSpec, batch: int, mesh: Mesh | None) -> PartitionSpec:
+    """`spec`, whose first axis is the batch, with a batch that DATA does not divide whole on every device."""
+    if mesh is None or batch % mesh.shape[DATA] == 0:
+        return spec
+    first = tuple(axis for axis in (spec[0] if isinstance(spec[0], tuple) else (spec[0],)) if axis != DATA)
+    return PartitionSpec(first or None, *spec[1:])
 
 
 def first_device(mesh: Mesh) -> jax.Device:
@@ -142,11 +189,14 @@ def first_device(mesh: Mesh) -> jax.Device:
 
 
 def place(array: Any, mesh: Mesh | None, spec: PartitionSpec = WHOLE) -> jax.Array:
-    """The array on the devices of the mesh, split as `spec` says; without a mesh on the default device."""
-    if mesh and mesh.is_multi_process:  # each process places its devices' part; device_put would compare them all
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
-    return jax.device_put(array, NamedSharding(mesh, spec) if mesh else None)
+    """The array on the devices of the mesh, split as `spec` says; without a mesh on the default device.
+
+    Each device is given its own part and no other; each process gives those of its own devices.
+    """
+    if mesh is None:
+        return jax.device_put(array)
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
 
 def shard(function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -214,21 +264,62 @@ def _gathered(x: Any) -> Any:
     """An array whole on every device, if other processes hold parts of it."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return x
-    return _gathering(x.sharding.mesh)(x)
+    return jax.device_put(x, NamedSharding(x.sharding.mesh, WHOLE))
 
 
-@functools.cache
-def _gathering(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    return jit(lambda x: whole(x, mesh), mesh)
+def steps_mesh(mesh: Mesh, batch: int) -> Mesh:
+    """The devices that decode `batch` sequences: one of CONTEXT, which steps do not use, and of DATA those that divide.
+
+    Where several processes share the mesh, all take part: DATA is kept, and of CONTEXT as many as that needs.
+    """
+    if not mesh.is_multi_process:
+        return Mesh(mesh.devices[: math.gcd(batch, mesh.shape[DATA]), :1], AXES)
+    columns: list[int] = []
+    present: set[int] = set()
+    for i in range(mesh.shape[CONTEXT]):
+        processes = {device.process_index for device in mesh.devices[:, i].flat}
+        if not processes <= present:
+            columns.append(i)
+            present |= processes
+    return Mesh(mesh.devices[:, columns], AXES)
 
 
-def on_first_device(tree: Any, mesh: Mesh) -> Any:
-    """The arrays on `first_device` alone; those that every device has whole are not copied."""
-    device = first_device(mesh)
+def move(tree: Any, mesh: Mesh, spec: PartitionSpec = WHOLE) -> Any:
+    """The arrays on the devices of `mesh`, split as `spec` says.
 
-    def move(x: jax.Array) -> jax.Array:
-        x = _gathered(x)
-        parts = [shard.data for shard in x.addressable_shards if shard.device == device and shard.data.shape == x.shape]
-        return parts[0] if parts else jax.device_put(x, device)
+    Where several processes share them, arrays come from this process's host, or from a mesh whose DATA and MODEL are
+    those of `mesh`, a `steps_mesh` of it: no process then sends another more than splitting anew needs.
+    """
+    sharding = NamedSharding(mesh, spec)
 
-    return jax.tree.map(move, tree)
+    def moved(x: Any) -> jax.Array:
+        if not mesh.is_multi_process:
+            return jax.device_put(x, sharding)
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return place(x, mesh, spec)  # device_put would have the processes compare it
+        return keep_on(jax.device_put(x, NamedSharding(x.sharding.mesh, spec)), mesh)
+
+    return jax.tree.map(moved, tree)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or of their shapes."""
+    leaves = jax.tree.leaves(tree)
+    held = (x.sharding.shard_shape(x.shape) if x.sharding else x.shape for x in leaves)
+    return sum(math.prod(shape) * x.dtype.itemsize for shape, x in zip(held, leaves, strict=True))
+
+
+def keep_on(tree: Any, mesh: Mesh) -> Any:
+    """The arrays on the devices of `mesh`, some of those that they are on, split as they are; nothing is copied."""
+
+    def keep(x: jax.Array) -> jax.Array:
+        if not isinstance(x.sharding, NamedSharding):
+            return move(x, mesh)
+        sharding = NamedSharding(mesh, x.sharding.spec)
+        if x.sharding == sharding:
+            return x
+        parts = {shard.device: shard.data for shard in x.addressable_shards}
+        here = [parts[device] for device in mesh.devices.flat if device in parts]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, here)
+
+    return jax.tree.map(keep, tree)

@@ -29,7 +29,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from attention import tpu_small
-from attention.sharding import Layout, pad_axis
+from attention.sharding import Layout, causal_tiles, pad_axis
 from attention.tpu_common import (
     LANES,
     MASKED,
@@ -62,10 +62,12 @@ def check(
     """As `attention.check`: sizes of tiles, and how many of them fit into scalar memory."""
     M, Y = selection.tile_size, selection.query_tile
     if M < LEAST_TILE:
-        return tpu_small.check(selection, length, head_dim, dtype, slots)
+        tpu_small.check(selection, length, head_dim, dtype, slots)
+        return
     if M % LANES:
-        fits = tile_count(M, LANES) * LANES
-        raise UnsupportedError(f"the TPU kernels take a tile_size of {fits} or another multiple of {LANES}, got {M}")
+        raise UnsupportedError(
+            f"the TPU kernels take a tile_size of {whole_lanes(M)} or another multiple of {LANES}, got {M}"
+        )
     if Y > M or Y % 8:
         raise UnsupportedError(
             f"the TPU kernels take a query_tile that is a multiple of 8 and at most tile_size, {M}, got {Y}"
@@ -77,7 +79,6 @@ def check(
             f"the TPU's scalar memory of {SMEM_BYTES} bytes does not hold {slots} tiles for each of {query_tiles} "
             f"query tiles; top_k up to {fits} would fit, or a query_tile of {min(2 * Y, M)} or more"
         )
-    return None
 
 
 # --- Dense ---
@@ -119,11 +120,9 @@ def _dense_by_tiles(
 ) -> jax.Array:
     """Reuse of all causal tiles, for the blocks of one shard, which are not contiguous."""
     Y, M = layout.block, whole_lanes(layout.block)
-    padded = tile_count(layout.padded, M) * M
+    tiles_QC = causal_tiles(layout, M, Y)
+    padded = tiles_QC.shape[-1] * M
     k_BKHS, v_BKSH = pad_axis(k_BKHS, 3, padded), pad_axis(v_BKSH, 2, padded)
-    last_Q1 = layout.local_positions()[Y - 1 :: Y, None] // M
-    tiles_1C = jnp.arange(padded // M)[None]
-    tiles_QC = jnp.where(tiles_1C <= last_Q1, tiles_1C, NO_TILE)
     tiles_BKQC = jnp.broadcast_to(tiles_QC, (*k_BKHS.shape[:2], *tiles_QC.shape))
     return _reuse(q_BTNH, k_BKHS, v_BKSH, tiles_BKQC, M, Y, window, layout)
 

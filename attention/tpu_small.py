@@ -227,11 +227,8 @@ def choose(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: L
     """As `attention.choose`."""
     check(selection, layout.length, q_BTNH.shape[-1], q_BTNH.dtype)
     B, K, H, S = k_BKHS.shape
-    Y, offsets, num_tiles = (
-        selection.query_tile,
-        selection.scored_rows(),
-        tile_count(layout.length, selection.tile_size),
-    )
+    Y, offsets = selection.query_tile, selection.scored_rows()
+    num_tiles = tile_count(layout.length, selection.tile_size)
     Q, together = q_BTNH.shape[1] // Y, ROWS // len(offsets)
     J = tile_count(Q, together)
     rows_Q = layout.local_positions()[::Y]

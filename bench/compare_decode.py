@@ -115,7 +115,7 @@ def prepare_ours(
     args: argparse.Namespace, config: LlamaConfig, params: Any, dtype: Any, mesh: Any, job: Job
 ) -> dict[str, Prefilled]:
     """Calibrates, prefills densely and compiles the steps of both; they take turns with one cache."""
-    from attention.sharding import on_first_device
+    from attention.sharding import keep_on, steps_mesh
     from kascade_core import REUSE
     from llama_model import LlamaModel
     from measure.layerwise import Calibration
@@ -127,12 +127,13 @@ def prepare_ours(
     calibrating = dense.clone(selection=settings_of(job.calibration.size, args).selection)
     plans, _ = find_schedule(settings, Calibration(calibrating, params, [job.calibration], mesh))
     cache, first = prefill_ours(dense, params, job.windows, mesh)
-    holder, local = [cache], on_first_device(params, mesh)
+    first_device = steps_mesh(mesh, len(job.windows))
+    holder, local = [cache], keep_on(params, first_device)
     density = min(1.0, settings.selection.top_k / -(-depth // settings.selection.tile_size))
     notes = {"dense": "", "sparse": f"{sum(plan.mode == REUSE for plan in plans)} REUSE, {density:.1%} of the tiles"}
     prepared = {}
     for name, model in (("dense", dense), ("sparse", dense.clone(schedule=plans))):
-        decoder = model.compile_decode(local, cache, STEPS, mesh)
+        decoder = model.compile_decode(local, cache, STEPS, first_device)
         prepared[f"ours, {name}, {dtype}"] = Prefilled(
             notes[name], partial(decode_ours, decoder, local, first, depth, holder)
         )
@@ -141,11 +142,9 @@ def prepare_ours(
 
 def prefill_ours(model: Any, params: Any, windows: np.ndarray, mesh: Any) -> tuple[Any, np.ndarray]:
     """The cache of all windows, filled one by one, and the likeliest token after each, int32 [B, 1]."""
-    import jax
-    import jax.numpy as jnp
-
-    from attention.sharding import on_first_device
+    from attention.sharding import keep_on, move, steps_mesh
     from measure.decoding import cache_dtype, cache_size
+    from network.cache import join_caches
 
     device = mesh.devices.flat[0]
     forward = model.compile(params, windows[:1], mesh, with_cache=True)
@@ -154,9 +153,9 @@ def prefill_ours(model: Any, params: Any, windows: np.ndarray, mesh: Any) -> tup
         output = forward(params, ids[None])
         size = cache_size(model, ids.size + STEPS)
         caches.append(forward.fill_cache(output, size, mesh, cache_dtype(model, device)))
-        last = on_first_device(output.stream[:, -1:], mesh)
-        first.append(model.apply(on_first_device(params, mesh), last, method="likeliest"))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches), np.concatenate(first)
+        last = move(output.stream[:, -1:], steps_mesh(mesh, 1))
+        first.append(model.apply(keep_on(params, steps_mesh(mesh, 1)), last, method="likeliest"))
+    return join_caches(caches, mesh), np.concatenate(first)
 
 
 def decode_ours(decoder: Any, params: Any, first: np.ndarray, depth: int, holder: list[Any]) -> np.ndarray:

@@ -37,10 +37,14 @@ from tqdm import tqdm
 
 import attention
 from attention import decode
-from attention.sharding import WHOLE, Layout, compile_ahead, make_mesh
+from attention.model_axis import ModelShards
+from attention.sharding import WHOLE, Layout, compile_ahead, device_bytes, make_mesh
+from bench.needs import sparse_schedule
 from errors import UnsupportedError
-from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection, tile_count
-from llama_model import Block, LlamaModel, rope_table
+from kascade_core import REUSE, LayerPlan, Selection, tile_count
+from llama_model import LlamaModel
+from network.layers import Block, rope_table
+from network.programs import Forward
 from weights.config import LlamaConfig
 
 TOPOLOGIES = {"v5e": ("v5e:2x2", 16e9), "v6e": ("v6e:2x2", 32e9)}  # name, bytes of HBM a chip
@@ -49,8 +53,24 @@ SHAPES = {
     "llama3.2-1b": LlamaConfig(
         **LLAMA3, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True
     ),
+    "llama3.2-3b": LlamaConfig(
+        **LLAMA3 | {"num_attention_heads": 24},
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        head_dim=128,
+        tie_word_embeddings=True,
+    ),
     "llama3.1-8b": LlamaConfig(**LLAMA3, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128),
+    "llama3.1-70b": LlamaConfig(
+        **LLAMA3 | {"num_attention_heads": 64},
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        head_dim=128,
+    ),
 }
+TABLE = ("llama3.2-1b", "llama3.1-8b")  # shapes of the table
 LENGTHS = (2048, 8192, 32768, 131072)
 ATTENTION = ("dense", "anchor", "reuse")
 KINDS = (*ATTENTION, "block")
@@ -207,16 +227,22 @@ def compile_model(
 ) -> CompiledProgram:
     """Compiles a whole model's forward with its loss: one dense layer, an anchor in every fourth, the rest reuse."""
     config, mesh = SHAPES[shape], mesh_of(topology, chips)
-    schedule = {i: (ANCHOR, None) if i % 4 == 1 else (REUSE, i - (i - 1) % 4) for i in range(config.num_hidden_layers)}
-    schedule[0] = DENSE, None
     selection = selection or select(length)
-    model = LlamaModel(config, schedule, selection, dtype=jnp.bfloat16, kernel="pallas_tpu")
+    model = LlamaModel(config, sparse_schedule(config), selection, dtype=jnp.bfloat16, kernel="pallas_tpu")
     ids = on_every_chip(jax.ShapeDtypeStruct((1, length), jnp.int32), mesh)
-    params = jax.eval_shape(
-        partial(LlamaModel(config).init, jax.random.key(0)), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    params = ModelShards.of(config, mesh).shapes(mesh, jnp.bfloat16)
+    return describe_forward(model.compile(params, ids, mesh), params, topology, shape, length)
+
+
+def describe_forward(forward: Forward, params: Any, topology: str, shape: str, length: int) -> CompiledProgram:
+    """What the compiler says of all of a model's programs together."""
+    texts = [program.as_text() for program in forward.programs]
+    vmem = {name: size for text in texts for name, size in vmem_bytes(text).items()}
+    temporaries = max(program.memory_analysis().temp_size_in_bytes for program in forward.programs)
+    needed = device_bytes(params) + forward.working_bytes
+    return CompiledProgram(
+        topology, shape, length, "model", needed, 0.0, max(map(largest_array, texts)), temporaries, vmem
     )
-    compiled = model.compile(on_every_chip(parameter_shapes(params), mesh), ids, mesh).program
-    return describe(compiled, topology, shape, length, "model")
 
 
 def hbm_bytes(compiled: Any) -> int:
@@ -309,10 +335,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = " | ".join(f"HBM, GB, {name}" for name in TOPOLOGIES)
     lines = [f"| shape | tokens | program | {sizes} | TFLOP (of dense causal attention) |", "|---" * 6 + "|"]
     print("\n".join(lines))
-    for shape, length, kind in tqdm([*itertools.product(SHAPES, LENGTHS, KINDS)], disable=None):
+    for shape, length, kind in tqdm([*itertools.product(TABLE, LENGTHS, KINDS)], disable=None):
         lines.append(format_row([compile_row(name, shape, length, kind) for name in TOPOLOGIES]))
         print(lines[-1], flush=True)
-    for shape, depth, batch, kind in tqdm([*itertools.product(SHAPES, DEPTHS, BATCHES, STEPS)], disable=None):
+    for shape, depth, batch, kind in tqdm([*itertools.product(TABLE, DEPTHS, BATCHES, STEPS)], disable=None):
         lines.append(format_row([compile_step(name, shape, depth, batch, kind) for name in TOPOLOGIES]))
         print(lines[-1], flush=True)
     for chips in (1, 4):

@@ -31,14 +31,16 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from attention.sharding import jit, make_mesh, on_first_device
+from attention.sharding import CACHE, jit, keep_on, make_mesh, move, steps_mesh
 from errors import InputError, Parser, exit_on_bad_input, quote
 from kascade_core import tile_count
-from llama_model import Decoder, Forward, KVCache, LlamaModel, load_weights
+from llama_model import LlamaModel, load_weights
 from measure.decoding import CACHE_DTYPE
 from measure.machine import configure_device, pick_dtype
 from measure.schedules import SavedSchedule, load_schedule
 from measure.settings import DTYPES, names, whole_number
+from network.cache import KVCache
+from network.programs import Decoder, Forward
 from report.results import write_json
 from report.tables import markdown
 from weights.folder import DEFAULT_WEIGHTS, read_manifest
@@ -80,7 +82,8 @@ class Kascade(LM):
         super().__init__()
         self.model, self.params, self.text_tokenizer, self.mesh = model, params, tokenizer, mesh
         self.max_length, self.begin, self.end = max_length, begin, end
-        self.step_params = on_first_device(params, mesh)
+        self.steps_mesh = steps_mesh(mesh, 1)
+        self.step_params = keep_on(params, self.steps_mesh)
         self.cache_dtype = jnp.dtype(CACHE_DTYPE.get(mesh.devices.flat[0].platform, model.dtype))
         self._prefills: dict[int, Forward] = {}
         self._decoders: dict[int, Decoder] = {}
@@ -172,17 +175,21 @@ class Kascade(LM):
         room = tile_count(room, STEPS) * STEPS + STEPS  # the last call's padding is written as well
         if not whole:
             size = self._cache_size(room)
-            return 0, np.zeros(0), KVCache.empty(self.model.config, 1, size, self.cache_dtype)
+            return (
+                0,
+                np.zeros(0),
+                move(KVCache.empty(self.model.config, 1, size, self.cache_dtype), self.steps_mesh, CACHE),
+            )
         return whole, *self._prefill(ids, whole, room)
 
     def _steps(self, ids: Sequence[int], first: int, cache: KVCache) -> tuple[jax.Array, np.ndarray, KVCache]:
         """At most STEPS steps over ids, -1 for the likeliest: (stream [1, STEPS, D], likeliest ids [STEPS], cache)."""
         size = cache.layers[0][0].shape[1]
         if size not in self._decoders:
-            self._decoders[size] = self.model.compile_decode(self.step_params, cache, STEPS, self.mesh)
+            self._decoders[size] = self.model.compile_decode(self.step_params, cache, STEPS, self.steps_mesh)
         row = jnp.asarray([[*ids, *[0] * (STEPS - len(ids))]], jnp.int32)
-        inputs = on_first_device((row, jnp.full((1,), first, jnp.int32)), self.mesh)
-        decoded = self._decoders[size](self.step_params, *inputs, on_first_device(cache, self.mesh))
+        inputs = move((row, jnp.full((1,), first, jnp.int32)), self.steps_mesh)
+        decoded = self._decoders[size](self.step_params, *inputs, cache)
         return decoded.stream, np.asarray(decoded.best)[0], decoded.cache
 
     def _decode_scored(self, ids: Sequence[int], first: int) -> tuple[np.ndarray, np.ndarray]:
@@ -198,7 +205,7 @@ class Kascade(LM):
             count = min(STEPS, len(ids) - 1 - i)
             stream, best, cache = self._steps(ids[i : i + count], i, cache)
             targets = [*ids[i + 1 : i + 1 + count], *[0] * (STEPS - count)]
-            targets = on_first_device(jnp.asarray([targets], jnp.int32), self.mesh)
+            targets = move(jnp.asarray([targets], jnp.int32), self.steps_mesh)
             losses.append(np.asarray(self._score(self.step_params, stream, targets), np.float64)[0, :count])
             likeliest.append(best[:count])
         return np.concatenate(losses), np.concatenate(likeliest)

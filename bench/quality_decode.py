@@ -22,17 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from attention.sharding import make_mesh, on_first_device
+from attention.sharding import keep_on, make_mesh, steps_mesh
 from bench import quality
 from bench.quality import SETTINGS, WINDOWS, Bench, Setting, format_windows, read_articles, write_articles
 from errors import Parser, exit_on_bad_input
 from kascade_core import DENSE, REUSE, Schedule
-from llama_model import Comparison, Decoder, Forward, KVCache, LlamaModel, load_weights
+from llama_model import Comparison, LlamaModel, load_weights
 from measure.decoding import cache_dtype, cache_size, step_densities
 from measure.layerwise import LayerRunner
 from measure.machine import configure_device
 from measure.quality import compile_comparison
 from measure.settings import whole_number
+from network.cache import KVCache
+from network.programs import Decoder, Forward
 from report.tables import ResultsFile, markdown
 from weights.folder import DEFAULT_WEIGHTS, read_manifest
 from weights.tokenizers import load_tokenizer
@@ -61,11 +63,12 @@ class Arm:
         self.bench, self.model, self.depth, self.steps = bench, model, depth, steps
         self.size = cache_size(model, depth + steps)
         self.dtype = cache_dtype(model, bench.mesh.devices.flat[0])
-        self.params = on_first_device(bench.params, bench.mesh)
-        cache = jax.eval_shape(lambda: KVCache.empty(model.config, 1, self.size, self.dtype))
+        mesh = steps_mesh(bench.mesh, 1)
+        self.params = keep_on(bench.params, mesh)
+        cache = KVCache.shapes(model.config, 1, self.size, self.dtype, mesh)
         ids = jax.ShapeDtypeStruct((1, depth), jnp.int32)
         self.forward: Forward = model.compile(bench.params, ids, bench.mesh, with_cache=True)
-        self.decoder: Decoder = model.compile_decode(self.params, cache, steps, bench.mesh)
+        self.decoder: Decoder = model.compile_decode(self.params, cache, steps, mesh)
 
     def prefill(self, window: str, size: int) -> KVCache:
         """The cache of an article's first `depth` tokens, with room for `size`."""

@@ -54,13 +54,17 @@ def run(*words):
         raise RuntimeError(f"exit code {process.returncode} of {shlex.join(words)}")
 
 
-os.environ.pop("MPLBACKEND", None)  # a backend of the notebook's Python, which the benchmark's does not have
+def find_checkout():
+    """The folder with the benchmark, or None."""
+    return next((folder for folder in (".", "..", "kascade") if Path(folder, PROGRAM).exists()), None)
+
+
 PROGRAM = "benchmark_kascade_final.py"
-if not any(Path(folder, PROGRAM).exists() for folder in (".", "..", "kascade")):
+if not find_checkout():
     if not REPOSITORY:
         raise ValueError("REPOSITORY is empty: give it the address of the repository, in the cell above")
     run("git", "clone", "--depth", "1", REPOSITORY, "kascade")
-os.chdir(next(folder for folder in (".", "..", "kascade") if Path(folder, PROGRAM).exists()))
+os.chdir(find_checkout())
 print("The checkout is", os.getcwd())'''
 
 INSTALL = '''\

@@ -19,11 +19,13 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from attention.sharding import first_device, jit, on_first_device
+from attention.sharding import fetch, first_device, jit, keep_on, move, steps_mesh
 from kascade_core import ANCHOR, REUSE, attended_tiles, mean_density, tile_count
-from llama_model import Decoded, Decoder, KVCache, LlamaModel
+from llama_model import LlamaModel
 from measure.decoding import CACHE_DTYPE, check_cache_fits, step_densities
 from measure.tasks import ANSWER_ROOM, CANDIDATES, Ids, Item, Task
+from network.cache import KVCache, join_caches
+from network.programs import Decoded, Decoder
 from report.results import PROMPT, QUESTION, Answers, TaskRow
 
 DENSE_ARM, SPARSE_ARM, ORACLE_ARM = "dense", "sparse", "oracle"
@@ -52,7 +54,8 @@ class Answerer:
         tile_size = math.lcm(*(model.selection.tile_size for model in models.values()))
         self.size = tile_count(length + ANSWER_ROOM, tile_size) * tile_size
         check_cache_fits(models[DENSE_ARM], CANDIDATES, self.size, device)
-        self.step_params = on_first_device(params, mesh)
+        self.steps_mesh = steps_mesh(mesh, 1)
+        self.step_params = keep_on(params, self.steps_mesh)
         ids_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)
         with ThreadPoolExecutor(len(models)) as pool:  # the compiler leaves Python's lock
             jobs = {arm: pool.submit(model.compile, params, ids_BT, mesh, True) for arm, model in models.items()}
@@ -70,9 +73,9 @@ class Answerer:
         with ThreadPoolExecutor(len(self.models)) as pool:
             jobs = {}
             for arm, batch, steps in wanted:
-                cache = jax.eval_shape(lambda batch=batch: KVCache.empty(config, batch, self.size, self.dtype))
+                cache = KVCache.shapes(config, batch, self.size, self.dtype, self.steps_mesh)
                 compile_decode = self.models[arm].compile_decode
-                jobs[arm, batch, steps] = pool.submit(compile_decode, self.step_params, cache, steps, self.mesh)
+                jobs[arm, batch, steps] = pool.submit(compile_decode, self.step_params, cache, steps, self.steps_mesh)
             self.decoders |= {key: job.result() for key, job in jobs.items()}
 
     def answers(self, task: Task, item: Item) -> dict[tuple[str, str], Answer]:
@@ -98,23 +101,23 @@ class Answerer:
         forward = self.prefill[arm]
         output = forward(self.params, ids_BT)
         if (arm, PROMPT) not in self.densities:
-            attended = attended_tiles(self.models[arm].schedule, jax.device_get(output.tiles))
+            attended = attended_tiles(self.models[arm].schedule, fetch(output.tiles))
             self.densities[arm, PROMPT] = mean_density(attended)
         return output.stream, forward.fill_cache(output, self.size, self.mesh, self.dtype)
 
     def _decode(self, arm: str, ids_BN: jax.Array, first: int, cache: KVCache) -> Decoded:
         positions_B = jnp.full((len(ids_BN),), first, jnp.int32)
-        ids_BN, positions_B = on_first_device((ids_BN, positions_B), self.mesh)
+        ids_BN, positions_B = move((ids_BN, positions_B), self.steps_mesh)
         return self.decoders[arm, *ids_BN.shape](self.step_params, ids_BN, positions_B, cache)
 
     def _ask(self, arm: str, stream: jax.Array, cache: KVCache, item: Item, steps: int) -> Answer:
         """Decodes all candidates side by side after the cached prompt, whose last row is that of `stream`."""
         ids, is_token = padded(item.candidates, steps + 1)
-        wide = jax.tree.map(lambda x_ZSH: jnp.tile(x_ZSH, (CANDIDATES, 1, 1)), cache)
+        wide = join_caches([cache] * CANDIDATES, self.steps_mesh)
         decoded = self._decode(arm, jnp.asarray(ids[:, :-1]), self.length, wide)
-        last = jnp.repeat(on_first_device(stream[:, -1:], self.mesh), CANDIDATES, axis=0)
+        last = jnp.repeat(move(stream[:, -1:], self.steps_mesh), CANDIDATES, axis=0)
         x_BTD = jnp.concatenate([last, decoded.stream], axis=1)
-        nll, best = jax.device_get(self._scores(self.step_params, x_BTD, jnp.asarray(ids)))
+        nll, best = fetch(self._scores(self.step_params, x_BTD, ids))
         return answer_of(nll, best[0], ids, is_token)
 
     def _score(self, params: Any, x_BTD: jax.Array, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

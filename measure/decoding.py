@@ -14,15 +14,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attention import decode
-from attention.sharding import first_device, on_first_device
+from attention.sharding import fetch, first_device, keep_on, move, place, steps_mesh
 from errors import InputError, UnsupportedError
 from kascade_core import DENSE, LayerPlan, density_of_step, tile_count
-from llama_model import Comparison, Decoded, Decoder, Forward, KVCache, LlamaModel
+from llama_model import Comparison, LlamaModel
 from measure import hosts
 from measure.machine import free_memory, memory_bandwidth
 from measure.quality import compile_comparison
 from measure.settings import Settings
 from measure.texts import Windows
+from network.cache import KVCache, join_caches
+from network.programs import Decoded, Decoder, Forward
 from report.results import Decoding, DepthRow, Generated
 
 CACHE_DTYPE = {"cpu": "float32"}  # XLA's CPU reads keys in bfloat16 no faster; elsewhere the run's own dtype
@@ -83,9 +85,10 @@ def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding
     steps = windows.following[0].size - 1
     groups = _groups(windows, settings.batch)
     size = cache_size(arms.dense, windows.test[0].size + steps)
-    params = on_first_device(arms.params, arms.mesh)
+    mesh = steps_mesh(arms.mesh, settings.batch)
+    params = keep_on(arms.params, mesh)
     decoders = _compile({"dense": arms.dense, "sparse": arms.sparse}, params, settings.batch, size, steps, arms)
-    comparison = compile_comparison(arms.dense, None)
+    comparison = compile_comparison(arms.dense, mesh)
     compared: dict[str, list[Comparison]] = {"sparse": [], "dense": []}
     samples: dict[str, list[float]] = {"dense": [], "sparse": []}
     for i, (ids, following) in enumerate(groups):
@@ -131,12 +134,12 @@ def _compile(
     models: Mapping[str, LlamaModel], params: Any, batch: int, size: int, steps: int, arms: Arms
 ) -> dict[str, Decoder]:
     """The models' steps, compiled side by side: the compiler leaves Python's lock."""
-    config, dtype = arms.dense.config, arms.cache_dtype
-    cache = jax.eval_shape(lambda: KVCache.empty(config, batch, size, dtype))
+    dtype, mesh = arms.cache_dtype, steps_mesh(arms.mesh, batch)
+    cache = KVCache.shapes(arms.dense.config, batch, size, dtype, mesh)
 
     def compile_steps(model: LlamaModel) -> Decoder:
         kernel, _ = step_kernel(model, batch, size, dtype)
-        return model.clone(kernel=kernel).compile_decode(params, cache, steps, arms.mesh)
+        return model.clone(kernel=kernel).compile_decode(params, cache, steps, mesh)
 
     with ThreadPoolExecutor(len(models)) as pool:
         return dict(zip(models, pool.map(compile_steps, models.values()), strict=True))
@@ -176,9 +179,9 @@ class _Passes:
         self.arms, self.decoders, self.params = arms, decoders, params
         self.caches = {name: self._fill(forward, windows, size) for name, forward in arms.prefill.items()}
         positions = jnp.full((len(windows),), windows[0].size, jnp.int32)
-        inputs = (following[:, :-1], positions)
-        self.ids_BN, self.positions_B = on_first_device(jax.tree.map(jnp.asarray, inputs), arms.mesh)
-        self.targets_BN = following[:, 1:]
+        self.mesh = steps_mesh(arms.mesh, len(windows))
+        self.ids_BN, self.targets_BN = (move(ids_BN, self.mesh) for ids_BN in (following[:, :-1], following[:, 1:]))
+        self.positions_B = move(positions, self.mesh)
         self.layer_densities: list[float] = []
 
     def _fill(self, forward: Forward, windows: Sequence[jax.Array], size: int) -> KVCache:
@@ -186,7 +189,7 @@ class _Passes:
             forward.fill_cache(forward(self.arms.params, ids), size, self.arms.mesh, self.arms.cache_dtype)
             for ids in windows
         ]
-        return caches[0] if len(caches) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+        return caches[0] if len(caches) == 1 else join_caches(caches, self.arms.mesh)
 
     def run(self, arm: str, prefill: str, samples: list[float] | None = None) -> Decoded:
         """One pass of an arm on what `prefill` left in its cache; adds its milliseconds a step to `samples`."""
@@ -215,9 +218,8 @@ class _Passes:
         self.layer_densities = step_densities(self.arms.sparse, sparse.tiles, int(self.positions_B[0]))
         other = "dense" if prefill == "sparse" else "sparse"
         streams = {prefill: sparse.stream, other: self.run("sparse", other).stream}
-        targets_BN = on_first_device(self.targets_BN, self.arms.mesh)
         return {
-            name: _by_sequence(jax.device_get(comparison(self.params, dense.stream, stream, targets_BN)))
+            name: _by_sequence(jax.device_get(comparison(self.params, dense.stream, stream, self.targets_BN)))
             for name, stream in streams.items()
         }
 
@@ -233,7 +235,7 @@ def step_densities(model: LlamaModel, tiles: Mapping[int, jax.Array], first_posi
         if plan.mode == DENSE:
             densities.append(1.0)
             continue
-        chosen = np.asarray(tiles[layer if plan.anchor is None else plan.anchor])  # [B, N, K, 1, C]
+        chosen = fetch(tiles[layer if plan.anchor is None else plan.anchor])  # [B, N, K, 1, C]
         attended = np.asarray(plan.attended(jnp.asarray(chosen.reshape(-1, *chosen.shape[2:]))))
         positions_N = first_position + np.arange(chosen.shape[1])
         seen = positions_N // model.selection.tile_size + 1 - model.selection.first_seen(positions_N)
@@ -277,12 +279,13 @@ def measure_depth(arms: Arms, depth: int, batch: int, n_runs: int) -> DepthRow:
     if free is not None and needed > SPARE_MEMORY * free:
         skipped = f"needs a cache of {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         return DepthRow(depth, batch, skipped=skipped)
-    params = on_first_device(arms.params, arms.mesh)
+    mesh = steps_mesh(arms.mesh, batch)
+    params = keep_on(arms.params, mesh)
     models = {"dense": arms.dense, "keep_all": keeping_all(arms.sparse, size), "sparse": arms.sparse}
     decoders = _compile(models, params, batch, size, DEPTH_STEPS, arms)
-    cache = random_cache(config, batch, size, arms.cache_dtype)
-    inputs = (jnp.zeros((batch, DEPTH_STEPS), jnp.int32), jnp.full((batch,), depth, jnp.int32))
-    ids_BN, positions_B = on_first_device(inputs, arms.mesh)
+    cache = random_cache(config, batch, size, arms.cache_dtype, mesh)
+    inputs = (np.zeros((batch, DEPTH_STEPS), np.int32), np.full((batch,), depth, np.int32))
+    ids_BN, positions_B = move(inputs, mesh)
     samples: dict[str, list[float]] = {name: [] for name in decoders}
     tiles: Mapping[int, jax.Array] = {}
     for i in range(n_runs + 1):
@@ -306,11 +309,15 @@ def keeping_all(model: LlamaModel, size: int) -> LlamaModel:
     return model.clone(schedule=plans, selection=model.selection.with_top_k(most))
 
 
-def random_cache(config: Any, batch: int, size: int, dtype: Any) -> KVCache:
+def random_cache(config: Any, batch: int, size: int, dtype: Any, mesh: Mesh) -> KVCache:
     """Normally distributed keys and values; the same in every layer's shape, but not the same arrays."""
     rng = np.random.default_rng(0)
-    empty = jax.eval_shape(lambda: KVCache.empty(config, batch, size, dtype))
-    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32), x.dtype), empty)
+    shapes = KVCache.shapes(config, batch, size, dtype, mesh)
+
+    def random(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return place(rng.standard_normal(x.shape, np.float32).astype(x.dtype), mesh, x.sharding.spec)
+
+    return jax.tree.map(random, shapes)
 
 
 # --- Greedy continuations ---
@@ -319,17 +326,18 @@ def random_cache(config: Any, batch: int, size: int, dtype: Any) -> KVCache:
 def generate(arms: Arms, window: jax.Array, steps: int, prefill: str) -> Generated:
     """The greedy continuation of a window by both arms; `prefill` fills the sparse arm's cache."""
     size = cache_size(arms.dense, window.size + steps)
-    params = on_first_device(arms.params, arms.mesh)
+    mesh = steps_mesh(arms.mesh, 1)
+    params = keep_on(arms.params, mesh)
     decoders = _compile({"dense": arms.dense, "sparse": arms.sparse}, params, 1, size, steps, arms)
     tokens = {}
     for name, forward in (("dense", arms.prefill["dense"]), ("sparse", arms.prefill[prefill])):
         output = forward(arms.params, window)
-        last = on_first_device(output.stream[:, -1:], arms.mesh)
-        first = arms.dense.apply(params, last, method="likeliest")
+        last = move(output.stream[:, -1:], mesh)
+        first = fetch(arms.dense.apply(params, last, method="likeliest"))
         ids_BN = jnp.concatenate([first, jnp.full((1, steps - 1), -1, jnp.int32)], axis=1)
         cache = forward.fill_cache(output, size, arms.mesh, arms.cache_dtype)
         positions_B = jnp.full((1,), window.size, jnp.int32)
-        ids_BN, positions_B = on_first_device((ids_BN, positions_B), arms.mesh)
+        ids_BN, positions_B = move((ids_BN, positions_B), mesh)
         decoded = decoders[name](params, ids_BN, positions_B, cache)
-        tokens[name] = [int(first[0, 0]), *map(int, decoded.best[0, :-1])]
+        tokens[name] = [int(first[0, 0]), *map(int, fetch(decoded.best)[0, :-1])]
     return Generated(tuple(tokens["dense"]), tuple(tokens["sparse"]))

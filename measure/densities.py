@@ -13,13 +13,14 @@ from jax.sharding import Mesh
 
 from attention.sharding import fetch
 from kascade_core import ANCHOR, NO_TILE, REUSE, LayerPlan, attended_tiles, density_of, membership
-from llama_model import Forward, LlamaModel, Output
+from llama_model import LlamaModel
 from measure import hosts
 from measure.layerwise import Calibration, LayerRunner
 from measure.machine import time_interleaved
 from measure.quality import compare, run_windows
 from measure.schedules import find_schedule
 from measure.settings import Settings
+from network.programs import Forward, Output
 from report.results import DensityRow, Quality, TileMap, as_ranges, layer_types, schedule_sha256
 
 MAPPED_ROWS = 64  # query tiles of a map, at most

@@ -397,9 +397,8 @@ ROOT = Path(__file__).parents[1]
 def program_hash() -> str:
     """Hex SHA-256 of this program's files."""
     digest = hashlib.sha256()
-    for path in sorted(
-        [*ROOT.glob("*.py"), *(p for name in ("attention", "measure", "weights") for p in (ROOT / name).glob("*.py"))]
-    ):
+    packages = ("attention", "measure", "network", "report", "weights")
+    for path in sorted([*ROOT.glob("*.py"), *(path for name in packages for path in (ROOT / name).glob("*.py"))]):
         digest.update(f"{path.relative_to(ROOT).as_posix()} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from attention.sharding import AXIS, ROWS, TILES, WHOLE, Layout, fetch, jit, shard
+from attention.model_axis import ModelShards
+from attention.sharding import CONTEXT, ROWS, TILES, Layout, batch_spec, fetch, jit, shard
 from kascade_core import (
     DENSE,
     KASCADE_CACHE,
@@ -26,7 +27,8 @@ from kascade_core import (
     similarity_matrix,
     tile_count,
 )
-from llama_model import Block, Comparison, LlamaModel, Rope, rms_norm, rope_table
+from llama_model import Comparison, LlamaModel
+from network.layers import Block, Rope, rms_norm, rope_table
 
 COMPARED_ROWS = 32  # of a device, compared at a time
 
@@ -44,7 +46,8 @@ class LayerRunner:
         self.length, self.mesh = length, mesh
         self.num_query_tiles = tile_count(length, self.selection.query_tile)
         self.num_key_tiles = tile_count(length, self.selection.tile_size)
-        self.layout = Layout.of(length, self.selection.block, mesh.shape[AXIS])
+        self.layout = Layout.of(length, self.selection.block, mesh.shape[CONTEXT])
+        self.shards = ModelShards.of(model.config, mesh)
         self._programs: dict[tuple[str, bool], Callable[..., Any]] = {}
 
     def embed(self, ids_BT: jax.Array) -> jax.Array:
@@ -78,7 +81,7 @@ class LayerRunner:
         return self._run("score", partial(self._apply, DENSE, score), layer, x_BTD, out_axis=2)
 
     def queries_and_keys(self, layer: int, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """q_BTNH and k_BKHS of a layer, on one device."""
+        """q_BTNH and k_BKHS of a layer, on one device (and a mesh whose model axis is one)."""
         whole = Layout(self.length, self.length, 1)
 
         def project(params: Any, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -96,19 +99,20 @@ class LayerRunner:
 
     def compare(self, dense_BTD: jax.Array, x_BTD: jax.Array, ids_BT: jax.Array, step: int = 1) -> Comparison:
         """How every `step`-th token's prediction differs from dense; numpy [T' - 1] each, from streams after a run."""
-        rows = np.arange(0, self.length - 1, step)
-        at_once = COMPARED_ROWS * self.mesh.size
-        padded = np.resize(rows, tile_count(rows.size, at_once) * at_once)
+        every = np.arange(0, self.length - 1, step)
+        at_once = COMPARED_ROWS * self.mesh.shape[CONTEXT]
+        padded = np.resize(every, tile_count(every.size, at_once) * at_once)
 
         def compare(params: Any, dense_BTD: jax.Array, x_BTD: jax.Array, next_BT: jax.Array) -> Comparison:
             norm_D, eps = params["params"]["norm"], self.config.rms_norm_eps
             streams = (rms_norm(x, norm_D, eps) for x in (dense_BTD, x_BTD))
-            return self.model.apply(params, *streams, next_BT, method="compare_streams")
+            return self.model.clone(shards=self.shards).apply(params, *streams, next_BT, method="compare_streams")
 
         args = (self.variables, dense_BTD[:, padded], x_BTD[:, padded], ids_BT[:, padded + 1])
-        sharded = shard(compare, self.mesh, (WHOLE, ROWS, ROWS, ROWS), ROWS)
+        rows = batch_spec(ROWS, 1, self.mesh)
+        sharded = shard(compare, self.mesh, (self.shards.specs(), rows, rows, rows), rows)
         result = self._program("compare", sharded)(*args)
-        return Comparison(*(value[0, : rows.size] for value in fetch(result)))
+        return Comparison(*(value[0, : every.size] for value in fetch(result)))
 
     def _whole_layer(self, mode: str) -> Callable[..., jax.Array]:
         def layer(block: Block, x_BTD: jax.Array, rope: Any, tiles_BKQC: jax.Array | None = None) -> jax.Array:
@@ -131,7 +135,7 @@ class LayerRunner:
 
     def _block(self, mode: str) -> Block:
         plan = LayerPlan() if mode == DENSE else LayerPlan(REUSE, 0, tuple(range(self.config.num_key_value_heads)))
-        return Block(self.config, plan, self.selection, False, self.model.dtype, self.model.kernel)
+        return Block(self.config, plan, self.selection, False, self.model.dtype, self.model.kernel, self.shards)
 
     def _run(
         self,
@@ -143,13 +147,16 @@ class LayerRunner:
         out_axis: int = 1,
     ) -> jax.Array:
         """One layer's `function(layer, params, x, *tiles)` over the mesh; its result is dealt along `out_axis`."""
-        specs = (WHOLE, ROWS, TILES)[: 2 + len(tiles)]
-        sharded = shard(partial(function, layer), self.mesh, specs, (ROWS, TILES)[out_axis - 1])
+        rows, tile_spec = (batch_spec(spec, 1, self.mesh) for spec in (ROWS, TILES))
+        specs = (self.shards.specs()["params"]["layer_0"], rows, tile_spec)[: 2 + len(tiles)]
+        sharded = shard(partial(function, layer), self.mesh, specs, (rows, tile_spec)[out_axis - 1])
         length = self.length if out_axis == 1 else self.num_query_tiles
 
         def call(params: Any, x_BTD: jax.Array, *tiles_BKQC: jax.Array) -> jax.Array:
-            dealt = [self.layout.spread(tiles, 2, self.selection.query_tile) for tiles in tiles_BKQC]
+            copies = [self.shards.with_tile_copies(tiles) for tiles in tiles_BKQC]
+            dealt = [self.layout.spread(tiles, 2, self.selection.query_tile) for tiles in copies]
             out = sharded(params, self.layout.spread(x_BTD, 1), *dealt)
+            out = out if out_axis == 1 else self.shards.unique(out)
             return jax.lax.slice_in_dim(self.layout.collect(out, out_axis), 0, length, axis=out_axis)
 
         return self._program(name, call, layer)(self.params[f"layer_{layer}"], x_BTD, *tiles)

@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
+from jax.sharding import Mesh
 
 import attention
-from attention.sharding import FIRST, compile_ahead, place, shard
+from attention.model_axis import ModelShards, auto_model_axis
+from attention.sharding import FIRST, compile_ahead, device_bytes, first_device, make_mesh, place, shard
 from attention.xla import matmul
 from errors import InputError, UnsupportedError
 from kascade_core import Selection
@@ -125,6 +127,44 @@ def bfloat16_time(config: LlamaConfig) -> float:
     return statistics.median(samples["bfloat16"]) / statistics.median(samples["float32"])
 
 
+def pick_mesh(
+    sizes: Mapping[str, int], devices: Sequence[jax.Device], config: LlamaConfig, dtype: str
+) -> tuple[Mesh, str]:
+    """The mesh, and why: the axes that are asked for or, without any, `model` as large as the weights need to fit.
+
+    Raises:
+      InputError: more devices than there are, axes that do not divide, weights that do not fit, a process without a
+        device.
+    """
+    if sizes:
+        mesh = make_mesh(devices, **sizes)
+        ModelShards.of(config, mesh)  # checks that they divide
+        _check_all_take_part(mesh, devices)
+        return mesh, "as asked"
+    all_devices = make_mesh(devices)
+    memory = hosts.least(device_memory(first_device(all_devices)))
+    if memory is None:
+        return all_devices, "query tiles are split"
+    needed = device_bytes(ModelShards(config).shapes(None, jnp.dtype(dtype)))
+    model = auto_model_axis(config, needed, memory, len(devices))
+    share = f"{needed / model / 1e9:.1f} GB of weights a device, which has {memory / 1e9:.1f} GB"
+    return make_mesh(devices, model=model), share
+
+
+def _check_all_take_part(mesh: Mesh, devices: Sequence[jax.Device]) -> None:
+    used, known = ({device.process_index for device in some} for some in (mesh.devices.flat, devices))
+    if used != known:
+        raise InputError(
+            f"mesh: {mesh.size} of {len(devices)} devices leave process {min(known - used)} without one; give larger "
+            "axes, or start fewer processes"
+        )
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes that a device has for itself; None where unknown, and for CPU devices, which share one memory."""
+    return None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+
+
 def pick_kernel(
     name: str, device: str, selection: Selection, length: int, head_dim: int, dtype: str, capability: str | None
 ) -> tuple[str, str]:
@@ -193,7 +233,7 @@ def time_interleaved(runs: dict[str, Callable[[], Any]], n_runs: int) -> dict[st
 BANDWIDTH_BYTES = 2**28  # read at a time: several times any cache
 
 
-def memory_bandwidth(mesh: jax.sharding.Mesh) -> float:
+def memory_bandwidth(mesh: Mesh) -> float:
     """Bytes a second that all devices of the mesh read together: the best of several sums over a large array."""
     numbers = place(np.ones((mesh.size, BANDWIDTH_BYTES // 4 // mesh.size), np.float32), mesh, FIRST)
     total = compile_ahead(shard(lambda x: x.sum(1), mesh, FIRST, FIRST), (numbers,), mesh)

@@ -8,27 +8,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from attention.sharding import ROWS, WHOLE, jit, on_host_or_shared, pad_axis, shard, whole
+from attention.model_axis import ModelShards
+from attention.sharding import CONTEXT, DATA, jit, on_host_or_shared, pad_axis, shard, whole
 from kascade_core import tile_count
-from llama_model import Comparison, Forward, LlamaModel, Output
+from llama_model import Comparison, LlamaModel
 from measure.settings import SHORT_CONTEXT
+from network.programs import Forward, Output
 from report.results import LongContext
 
 
 def run_windows(forward: Forward, params: Any, windows: Sequence[jax.Array]) -> list[Output]:
-    """The forward of each window, int32 [1, T], one after another.
+    """The forward of each window, int32 [1, T], as many at once as it takes.
 
     The outputs are on the host, but for streams that several processes share.
     """
-
-    def run(ids_BT: jax.Array) -> Output:
+    outputs: list[Output] = []
+    for i in range(0, len(windows), forward.batch):
+        ids_BT = jnp.concatenate(windows[i : i + forward.batch])
         output = forward(params, ids_BT)
         nll, tiles = jax.device_get((output.nll, output.tiles))
-        return Output(nll, tiles, on_host_or_shared(output.stream), None)
-
-    return [run(ids_BT) for ids_BT in windows]
+        together = Output(nll, tiles, on_host_or_shared(output.stream), None)
+        outputs += [jax.tree.map(lambda x, b=b: x[b : b + 1], together) for b in range(len(ids_BT))]
+    return outputs
 
 
 def compile_comparison(model: LlamaModel, mesh: Mesh | None) -> Callable[..., Comparison]:
@@ -36,12 +39,14 @@ def compile_comparison(model: LlamaModel, mesh: Mesh | None) -> Callable[..., Co
 
     It is compiled when it first sees a length.
     """
-    num_shards = mesh.size if mesh else 1
+    num_shards = mesh.shape[DATA] * mesh.shape[CONTEXT] if mesh else 1
+    shards = ModelShards.of(model.config, mesh)
 
     def local(params: Any, dense_BTD: jax.Array, sparse_BTD: jax.Array, next_BT: jax.Array) -> Comparison:
-        return model.apply(params, dense_BTD, sparse_BTD, next_BT, method="compare_streams")
+        return model.clone(shards=shards).apply(params, dense_BTD, sparse_BTD, next_BT, method="compare_streams")
 
-    sharded = shard(local, mesh, (WHOLE, ROWS, ROWS, ROWS), ROWS)
+    rows = PartitionSpec(None, (DATA, CONTEXT))
+    sharded = shard(local, mesh, (shards.specs(), rows, rows, rows), rows)
 
     def compare(params: Any, *arrays: jax.Array) -> Comparison:
         rows = arrays[0].shape[1]

@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import attention
+from attention.sharding import AXES
 from errors import InputError, Parser, quote
 from kascade_core import Selection
 from measure import hosts
@@ -105,6 +107,12 @@ class Settings:
     text: Path = _flag(DEFAULT_TEXT, "UTF-8 text to test on (the sample)", metavar="FILE")
     calib_text: Path | None = _flag(
         None, "UTF-8 text to calibrate on (the tokens of --text before the tested ones)", metavar="FILE"
+    )
+    mesh: str = _flag(
+        "auto",
+        "how the devices share the work, as in data=1,context=2,model=4: windows, query tiles, and heads with their "
+        "weights; auto splits the weights by as many devices as they need to fit, and query tiles by the others",
+        metavar="AXIS=N,...",
     )
     seq_len: int = _flag(512, "tokens in each window")
     windows: int | None = _flag(
@@ -244,6 +252,7 @@ class Settings:
             raise InputError(f"depths must be at least 1 and below 2^31, got {quote(self.depths)}")
         if self.densities and not 0 < min(self.densities) <= max(self.densities) <= 1:
             raise InputError(f"densities must be above 0 and at most 1, got {quote(self.densities)}")
+        mesh_axes(self.mesh)
         if not 0 <= self.threshold <= 1:
             raise InputError(f"threshold must be in [0, 1], got {self.threshold}")
         if self.max_degradation is not None and not 0 < self.max_degradation < math.inf:
@@ -446,6 +455,24 @@ number = _number_of(float, "a number")
 def numbers(text: str) -> tuple[float, ...]:
     """A flag's X,X,..., ascending, each once."""
     return tuple(sorted({number(part) for part in text.split(",")}))
+
+
+def mesh_axes(text: str) -> dict[str, int]:
+    """A mesh's axes by name, such as {"context": 2}; empty for "auto".
+
+    Raises:
+      InputError: an axis that there is not, one named twice, or a size below 1.
+    """
+    if text == "auto":
+        return {}
+    parts = [part.strip().partition("=") for part in text.split(",")]
+    sizes = {name: int(size) for name, _, size in parts if re.fullmatch("[1-9][0-9]{0,8}", size)}
+    if len(sizes) < len(parts) or not sizes.keys() <= {*AXES}:
+        raise InputError(
+            f"mesh: expected auto, or sizes of at least 1 of {', '.join(AXES)}, as in context=2,model=4, got "
+            f"{quote(text)}"
+        )
+    return sizes
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -12,7 +12,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 import attention
-from attention.sharding import AXIS, ROWS, TILES, WHOLE, Layout, compile_ahead, first_device, place, shard
+from attention.model_axis import ModelShards
+from attention.sharding import (
+    CONTEXT,
+    HEAD_ROWS,
+    HEADS,
+    TILES,
+    Layout,
+    batch_spec,
+    compile_ahead,
+    fetch,
+    first_device,
+    place,
+    shard,
+)
 from kascade_core import attended_tiles, mean_density
 from llama_model import LlamaModel
 from measure import hosts
@@ -28,8 +41,10 @@ def compile_attention(model: LlamaModel, length: int, mesh: Mesh) -> dict[str, C
       length: tokens; queries, keys and values are random, and the reuse layer's tiles are the anchor's.
       mesh: whose devices share the work, as in a forward.
     """
-    N, K, H = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim
-    rng, layout = np.random.default_rng(0), Layout.of(length, model.selection.block, mesh.shape[AXIS])
+    held = ModelShards.of(model.config, mesh).held
+    N, K, H = held.num_attention_heads, held.num_key_value_heads, held.head_dim
+    rng, layout = np.random.default_rng(0), Layout.of(length, model.selection.block, mesh.shape[CONTEXT])
+    rows, heads, tiles = (batch_spec(spec, 1, mesh) for spec in (HEAD_ROWS, HEADS, TILES))
     sizes = {"layout": layout, "kernel": model.kernel}
     choosing = sizes | {"selection": model.selection}
 
@@ -39,14 +54,14 @@ def compile_attention(model: LlamaModel, length: int, mesh: Mesh) -> dict[str, C
     def ready(function: Callable[..., Any], args: Sequence[jax.Array], specs: Any, out: Any) -> Callable[[], Any]:
         return partial(compile_ahead(shard(function, mesh, specs, out), args, mesh), *args)
 
-    q_BTNH, k_BKHS = random((1, layout.padded, N, H), ROWS), random((1, K, H, layout.padded), WHOLE)
-    qkv, specs = (q_BTNH, k_BKHS, random((1, K, layout.padded, H), WHOLE)), (ROWS, WHOLE, WHOLE)
-    selecting = ready(partial(attention.choose, **choosing), qkv[:2], specs[:2], TILES)
+    q_BTNH, k_BKHS = random((1, layout.padded, N, H), rows), random((1, K, H, layout.padded), heads)
+    qkv, specs = (q_BTNH, k_BKHS, random((1, K, layout.padded, H), heads)), (rows, heads, heads)
+    selecting = ready(partial(attention.choose, **choosing), qkv[:2], specs[:2], tiles)
     return {
-        "dense": ready(partial(attention.dense, **sizes), qkv, specs, ROWS),
+        "dense": ready(partial(attention.dense, **sizes), qkv, specs, rows),
         "selection": selecting,
-        "anchor": ready(partial(attention.anchor, **choosing), qkv, specs, (ROWS, TILES)),
-        "reuse": ready(partial(attention.reuse, **choosing), (*qkv, selecting()), (*specs, TILES), ROWS),
+        "anchor": ready(partial(attention.anchor, **choosing), qkv, specs, (rows, tiles)),
+        "reuse": ready(partial(attention.reuse, **choosing), (*qkv, selecting()), (*specs, tiles), rows),
     }
 
 
@@ -60,21 +75,15 @@ def measure_length(
     shape = jax.ShapeDtypeStruct((1, length), ids.dtype)
     forwards = {name: model.compile(params, shape, mesh) for name, model in models.items()}
     device = first_device(mesh)
-    needed = hosts.most(max(_working_memory(forward.program, mesh) for forward in forwards.values()))
+    needed = hosts.most(max(forward.working_bytes for forward in forwards.values()))
+    needed *= len(mesh.local_devices) if device.platform == "cpu" else 1  # a CPU's devices share one memory
     free = free_memory(device)
     if free is not None and needed > free:
         return SweepRow(
             length, skipped=f"needs {needed / 1e9:.1f} GB beside the weights, and {free / 1e9:.1f} are free"
         )
     ids = jnp.resize(ids, (1, length))
-    attended = attended_tiles(models["sparse"].schedule, forwards["sparse"](params, ids).tiles)
+    attended = attended_tiles(models["sparse"].schedule, fetch(forwards["sparse"](params, ids).tiles))
     density = mean_density(attended, models["sparse"].selection)
     samples = time_interleaved({name: partial(forward, params, ids) for name, forward in forwards.items()}, n_runs)
     return SweepRow(length, samples["dense"], samples["sparse"], density, peak_memory(device))
-
-
-def _working_memory(program: Any, mesh: Mesh) -> int:
-    """Bytes that a compiled program takes besides its arguments, on the one memory that a CPU's devices share."""
-    stats = program.memory_analysis()
-    needed = stats.temp_size_in_bytes + stats.output_size_in_bytes
-    return needed * (len(mesh.local_devices) if first_device(mesh).platform == "cpu" else 1)

@@ -117,6 +117,11 @@ def describe_budget(settings: Any) -> str:
     return f"density {selection.density:g}{least}"
 
 
+def mesh(axes: Mapping[str, int]) -> str:
+    """A mesh's axes, as --mesh takes them."""
+    return ",".join(f"{name}={size}" for name, size in axes.items())
+
+
 def describe_timing(settings: Any, machine: Machine) -> str:
     """What a timing means: everything that it depends on but the length."""
     selection = settings.selection

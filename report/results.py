@@ -695,6 +695,7 @@ class Machine:
     count: int
     processor: str
     compiler_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         kind = self.processor if self.platform == "cpu" else self.kind

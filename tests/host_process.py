@@ -15,11 +15,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 import benchmark_kascade_final as benchmark
 import errors
-import llama_model
 import measure.machine
+import network.programs
 import report.results
 from attention import sharding
 from kascade_core import KASCADE_CACHE
@@ -28,7 +29,7 @@ from measure import hosts
 MOMENTS = {  # a function that the process ends in
     "join": (hosts, "join"),
     "load_weights": (benchmark, "load_weights"),
-    "compile": (llama_model, "compile_ahead"),
+    "compile": (network.programs, "compile_ahead"),
     "compare": (benchmark, "compare"),
     "decode": (benchmark, "decode"),
     "write": (report.results, "os"),  # as soon as the temporary file is there
@@ -55,22 +56,30 @@ def check_arrays(mesh):
     assert [x.is_fully_replicated for x in read] == [False, True]
     np.testing.assert_array_equal(read[1], numbers + 1)
     assert sharding.on_host_or_shared(dealt) is dealt
-    here = sharding.on_first_device({"a": dealt, "b": read[1], "c": jnp.ones(3)}, mesh)
-    assert {device for x in here.values() for device in x.devices()} == {jax.local_devices()[0]}
-    np.testing.assert_array_equal(here["a"], numbers)
-    np.testing.assert_array_equal(here["b"], numbers + 1)
+    few = sharding.steps_mesh(mesh, 1)
+    assert {device.process_index for device in few.devices.flat} == set(range(jax.process_count()))
+    assert few.size == jax.process_count()
+    moved = sharding.move({"a": dealt, "b": read[1], "c": jnp.ones(3)}, few)
+    assert {x.sharding for x in moved.values()} == {NamedSharding(few, sharding.WHOLE)}
+    for x, expected in zip(moved.values(), (numbers, numbers + 1, np.ones(3)), strict=True):
+        np.testing.assert_array_equal(x, expected)
+    kept = sharding.keep_on(read[1], few)
+    assert (
+        kept.addressable_shards[0].data.unsafe_buffer_pointer()
+        == read[1].addressable_shards[0].data.unsafe_buffer_pointer()
+    )
     return mesh
 
 
 def main(asked):
-    measure.machine.usable_cores = lambda: 1
+    measure.machine.usable_cores = lambda: asked.get("cores", 1)
     hosts.JOIN_SECONDS, hosts.HEARTBEAT_SECONDS, hosts.GRACE_SECONDS = asked.get("seconds", (60, 10, 2))
     for key, ends in (("dies_in", die), ("fails_in", fail)):
         if key in asked:
             place, name = MOMENTS[asked[key]]
             setattr(place, name, SimpleNamespace(**vars(os) | {"replace": ends}) if name == "os" else ends)
     if "arrays" in asked:
-        benchmark.make_mesh = lambda devices: check_arrays(sharding.make_mesh(devices))
+        measure.machine.make_mesh = lambda *args, **sizes: check_arrays(sharding.make_mesh(*args, **sizes))
     code = errors.run(lambda: benchmark.main(asked["flags"]))
     if "tiles" in asked:
         tiles = {layer: values.tolist() for layer, values in KASCADE_CACHE.items()}

@@ -69,7 +69,7 @@ def results(**changes):
         date="2025-01-01T00:00:00+00:00",
         command=["--top_k", "6"],
         model=Model("Tiny-12M", "a folder", "abc", 12_000_000, 12, 48_000_000),
-        machine=Machine("cpu", "cpu", 2, "Some CPU (AVX2)", {"xla_option": "on"}),
+        machine=Machine("cpu", "cpu", 2, "Some CPU (AVX2)", {"xla_option": "on"}, {"context": 2}),
         prefix="<s>",
         schedule=[Layer(plan, density) for plan, density in zip(made, densities, strict=True)],
         limit_check=LimitCheck((0.01, 0.02)),

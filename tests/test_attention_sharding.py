@@ -75,11 +75,27 @@ def test_collect_undoes_spread(length, query_tile, num_shards, block):
     np.testing.assert_array_equal(layout.collect(layout.spread(tiles, 1, query_tile), 1)[:, :Q], tiles)
 
 
+@pytest.mark.parametrize(("num_shards", "rounds", "block"), [(4, 8, 3), (2, 6, 2), (4, 4, 1)])
+def test_a_shards_own_part_is_what_collect_gives_and_no_device_holds_the_whole(num_shards, rounds, block):
+    layout = Layout(num_shards * rounds * block, block, num_shards * rounds, num_shards)
+    mesh = make_mesh(jax.devices()[:num_shards])
+    tokens = np.arange(2 * layout.padded * 5).reshape(2, -1, 5)
+    assert layout.has_even_parts
+    parts = shard(lambda x: layout.own_part(x, 1), mesh, (ROWS,), ROWS)
+    got = compile_ahead(parts, (layout.spread(tokens, 1),), mesh)(layout.spread(tokens, 1))
+    np.testing.assert_array_equal(got, tokens)
+    assert got.addressable_shards[0].data.shape == (2, rounds * block, 5)
+
+
+def test_parts_are_uneven_where_a_shard_has_fewer_blocks_of_one_than_of_another():
+    assert not Layout(length=24, block=2, num_blocks=12, num_shards=4).has_even_parts
+
+
 def test_each_device_knows_its_positions_and_causal_tiles():
     layout = Layout(length=16, block=4, num_blocks=4, num_shards=2)
 
     def local(x):
-        return layout.local_positions()[None], causal_tiles(layout, 2)[None, None]
+        return layout.local_positions()[None], causal_tiles(layout, 2, 2)[None, None]
 
     mesh = make_mesh(jax.devices()[:2])
     args = (jnp.zeros((1, 16)),)

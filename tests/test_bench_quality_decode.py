@@ -50,7 +50,10 @@ def test_an_article_is_measured_as_whole_forwards_compute_it(weights):
     arm = decoding.sparse_arm(SETTING, plans)
     rows = {prefill: decoding.measure(arm, prefill, "0") for prefill in ("sparse", "dense")}
     ids = jnp.asarray(bench.tested["0"][:, : DEPTH + STEPS + 1])
-    nll = [model.compile(params, ids)(params, ids).nll[0, DEPTH:] for model in (LlamaModel(manifest.config), arm.model)]
+    nll = [
+        model.compile(params, ids, mesh)(params, ids).nll[0, DEPTH:]
+        for model in (LlamaModel(manifest.config), arm.model)
+    ]
     assert rows["sparse"]["log_perplexity"] == pytest.approx(float(np.mean(nll[1] - nll[0])), abs=2e-5)
     assert abs(rows["sparse"]["log_perplexity"] - rows["dense"]["log_perplexity"]) > 1e-4
     assert 0 < rows["sparse"]["density"] < 1

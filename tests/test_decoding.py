@@ -17,12 +17,13 @@ import benchmark_kascade_final as benchmark
 from attention.sharding import make_mesh
 from errors import InputError
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection
-from llama_model import KVCache, LlamaConfig, LlamaModel, load_weights
+from llama_model import LlamaConfig, LlamaModel, load_weights
 from measure import decoding
 from measure.decoding import Arms
 from measure.machine import configure_device
 from measure.settings import Settings
 from measure.texts import Windows, load_windows
+from network.cache import KVCache
 from report import console
 from report.results import DepthRow, Generated
 from weights.folder import read_manifest

@@ -119,9 +119,11 @@ def test_auto_kernel_is_the_devices_own_where_it_takes_the_sizes():
     assert pick("auto", "gpu", small) == ("pallas_gpu", "the one for a GPU")
     assert pick("auto", "cpu", large) == ("xla", "the one for a CPU")
     assert pick("xla", "tpu", large) == ("xla", "as asked")
-    for sizes, got in (({"tile_size": 48}, "got 48"), ({"length": 2**20}, "got 1048576 tokens")):
-        length = sizes.pop("length", 8192)
-        kernel, why = pick("auto", "tpu", Selection(**sizes), length=length)
+    for selection, length, got in (
+        (Selection(tile_size=48), 8192, "got 48"),
+        (small, 2**20, "got 1048576 tokens"),
+    ):
+        kernel, why = pick("auto", "tpu", selection, length=length)
         assert kernel == "xla"
         assert "pallas_tpu does not support these sizes: " in why and "128" in why and got in why
 
@@ -199,3 +201,11 @@ def test_runs_are_interleaved_and_the_warm_up_not_counted(monkeypatch):
     samples = machine.time_interleaved(runs, 3)
     assert calls == ["dense", "sparse"] * 4
     assert samples == {"dense": [1000.0] * 3, "sparse": [1000.0] * 3}  # a tick each, in milliseconds
+
+
+def test_a_mesh_that_leaves_a_process_without_a_device_is_refused():
+    devices = np.array([SimpleNamespace(process_index=i // 2) for i in range(4)])
+    mesh = SimpleNamespace(devices=devices[:2], size=2)
+    with pytest.raises(InputError, match="mesh: 2 of 4 devices leave process 1 without one; give larger axes"):
+        machine._check_all_take_part(mesh, devices)
+    machine._check_all_take_part(SimpleNamespace(devices=devices[1:3], size=2), devices)

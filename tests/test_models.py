@@ -24,8 +24,9 @@ from synthetic import (
 from attention.sharding import make_mesh, place
 from convert_weights import convert
 from kascade_core import ANCHOR, DENSE, REUSE, Selection, density_of, perplexity_of, token_nll
-from llama_model import KVCache, LlamaModel, load_weights
+from llama_model import LlamaModel, load_weights
 from measure.layerwise import LayerRunner
+from network.cache import KVCache
 from weights.folder import read_manifest
 from weights.gguf_tokenizers import LLAMA3
 from weights.sources import open_checkpoint

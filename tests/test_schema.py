@@ -19,6 +19,7 @@ OPEN = (
     "texts",
     "timing.attention_ms",
     "device.compiler_options",
+    "device.mesh",
 )  # objects whose names are the run's
 
 

@@ -27,7 +27,7 @@ FLAGS = {  # every flag with a value that is not its default, and with what it n
     "tasks": ("vt,fwe", ("vt", "fwe")), "task_len": ("999", 999, "--tasks", "vt"),
     "task_n": ("7", 7, "--tasks", "vt"), "task_filler": ("text", "text", "--tasks", "vt"),
     "decode": ("8", 8), "batch": ("2", 2), "prefill": ("dense", "dense"), "depths": ("64,32", (32, 64)),
-    "generate": ("9", 9), "long_ppl": (None, True, "--seq_len", "1024"), "anchor_layers": ("3,1", (1, 3)),
+    "mesh": ("model=2", "model=2"), "generate": ("9", 9), "long_ppl": (None, True, "--seq_len", "1024"), "anchor_layers": ("3,1", (1, 3)),
     "head_maps": ("m.npy", Path("m.npy"), "--anchor_layers", "1"), "dtype": ("bfloat16", "bfloat16"), "kernel": ("xla", "xla"),
     "densities": ("0.5,0.1,0.5", (0.1, 0.5)), "html": ("h.html", Path("h.html")), "csv": ("c.csv", Path("c.csv")),
     "markdown": ("m.md", Path("m.md")), "json": ("j.json", Path("j.json")), "sweep": ("64,32,64", (32, 64)), "verbose": (None, True),

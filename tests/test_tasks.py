@@ -14,7 +14,7 @@ from synthetic import HF_CONFIGS, _byte_letters, write_hf_folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import benchmark_kascade_final as benchmark
-from attention.sharding import make_mesh, on_first_device
+from attention.sharding import keep_on, make_mesh, move, steps_mesh
 from convert_weights import convert
 from errors import InputError, UnsupportedError
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection
@@ -251,10 +251,10 @@ def test_a_sparse_question_after_a_dense_context_is_the_plain_decoding_of_both(a
     first = LENGTH - 8  # QUESTION_TOKENS, rounded up
     context = jnp.asarray([item.prompt[:first]])
     forward = models[DENSE_ARM].compile(params, context, mesh, with_cache=True)
-    step_params, losses = on_first_device(params, mesh), []
+    step_params, losses = keep_on(params, steps_mesh(mesh, 1)), []
     for candidate in item.candidates:
         cache = forward.fill_cache(forward(params, context), LENGTH + 7, mesh, jnp.float32)
-        ids = on_first_device(jnp.asarray([[*item.prompt[first:], *candidate]]), mesh)
+        ids = move(jnp.asarray([[*item.prompt[first:], *candidate]]), steps_mesh(mesh, 1))
         decoded = jitted(sparse)(step_params, ids, jnp.array([first]), cache, method="decode")
         nll = jitted(sparse)(step_params, decoded.stream[:, 7:-1], ids[:, 8:], method="next_token_nll")
         losses.append(float(nll.sum()))

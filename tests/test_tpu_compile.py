@@ -21,8 +21,8 @@ LEAST_GUIDE = [*itertools.product(tpu.TOPOLOGIES, (8192, 32768), ("anchor",)), (
 GUIDE_MODELS = [*itertools.product(tpu.TOPOLOGIES, tpu.GUIDE_MODELS)]
 LEAST_MODELS = [("v5e", 512), ("v6e", 2048)]
 LEAST_STEPS = [("v5e", "llama3.1-8b", 8192, 1, kind) for kind in tpu.STEPS]
-STEPS = [*itertools.product(tpu.TOPOLOGIES, tpu.SHAPES, tpu.DEPTHS, tpu.BATCHES, tpu.STEPS)]
-ROWS = [*itertools.product(tpu.TOPOLOGIES, tpu.SHAPES, tpu.LENGTHS, tpu.KINDS)]
+STEPS = [*itertools.product(tpu.TOPOLOGIES, tpu.TABLE, tpu.DEPTHS, tpu.BATCHES, tpu.STEPS)]
+ROWS = [*itertools.product(tpu.TOPOLOGIES, tpu.TABLE, tpu.LENGTHS, tpu.KINDS)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -381,21 +381,43 @@ def layer_chunk(layer: int) -> str:
     return f"layer_{layer}.pkl"
 
 
-def chunk_shapes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
-    """Every chunk's file name with the nested dict of shapes it holds; matrices are [in, out]."""
-    D, F, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
-    NH, KH = config.num_attention_heads * H, config.num_key_value_heads * H
-    attention = {"wq": (D, NH), "wk": (D, KH), "wv": (D, KH), "wo": (NH, D)}
-    attention |= {"bq": (NH,), "bk": (KH,), "bv": (KH,)} if config.qkv_bias else {}
-    attention |= {"bo": (D,)} if config.output_bias else {}
-    attention |= {"q_norm": (H,), "k_norm": (H,)} if config.qk_norm else {}
+def chunk_axes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
+    """Every chunk's file name with the nested dict of what the axes of its arrays count; matrices are [in, out]."""
+    attention = {
+        "wq": ("embed", "heads"),
+        "wk": ("embed", "kv_heads"),
+        "wv": ("embed", "kv_heads"),
+        "wo": ("heads", "embed"),
+    }
+    attention |= {"bq": ("heads",), "bk": ("kv_heads",), "bv": ("kv_heads",)} if config.qkv_bias else {}
+    attention |= {"bo": ("embed",)} if config.output_bias else {}
+    attention |= {"q_norm": ("head_dim",), "k_norm": ("head_dim",)} if config.qk_norm else {}
     layer = {
         "attention": attention,
-        "feed_forward": {"w1": (D, F), "w2": (F, D), "w3": (D, F)},
-        "attention_norm": (D,),
-        "ffn_norm": (D,),
+        "feed_forward": {"w1": ("embed", "mlp"), "w2": ("mlp", "embed"), "w3": ("embed", "mlp")},
+        "attention_norm": ("embed",),
+        "ffn_norm": ("embed",),
     }
-    embeddings = {"tok_embeddings": (V, D), "norm": (D,)}
+    embeddings = {"tok_embeddings": ("vocab", "embed"), "norm": ("embed",)}
     if not config.tie_word_embeddings:
-        embeddings["output"] = (D, V)
+        embeddings["output"] = ("embed", "vocab")
     return {EMBEDDINGS_CHUNK: embeddings} | {layer_chunk(i): layer for i in range(config.num_hidden_layers)}
+
+
+def chunk_shapes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
+    """The same with the arrays' shapes."""
+    sizes = {
+        "embed": config.hidden_size,
+        "heads": config.num_attention_heads * config.head_dim,
+        "kv_heads": config.num_key_value_heads * config.head_dim,
+        "head_dim": config.head_dim,
+        "mlp": config.intermediate_size,
+        "vocab": config.vocab_size,
+    }
+
+    def shapes(axes: Any) -> Any:
+        if isinstance(axes, dict):
+            return {name: shapes(inner) for name, inner in axes.items()}
+        return tuple(sizes[axis] for axis in axes)
+
+    return shapes(chunk_axes(config))

@@ -1,0 +1,72 @@
+"""The keys and values that decoding keeps. Letters as in kascade_core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from attention.model_axis import ModelShards
+from attention.sharding import CACHE, DATA, MODEL, batch_spec, move, steps_mesh
+from weights.config import LlamaConfig
+
+KeysValues = tuple[jax.Array, jax.Array]  # of one layer
+
+
+class KVCache(NamedTuple):
+    """Keys (after RoPE) and values of every layer, k_ZSH and v_ZSH; S is room for so many tokens.
+
+    Batch and KV heads are one axis, as the products take them: another view of the array would be a copy in each step.
+    A step is given the cache away (it is donated) and returns it with the new tokens' keys and values written in place.
+    """
+
+    layers: tuple[KeysValues, ...]
+
+    @classmethod
+    def shapes(cls, config: LlamaConfig, batch: int, size: int, dtype: Any, mesh: Mesh | None = None) -> KVCache:
+        """The shapes of a cache on the devices of a mesh of `steps_mesh`."""
+        sharding = NamedSharding(mesh, batch_spec(CACHE, batch, mesh)) if mesh else None
+        held = ModelShards.of(config, mesh).held
+        shape = (batch * held.num_key_value_heads, size, config.head_dim)
+        array = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return cls(((array, array),) * config.num_hidden_layers)
+
+    @classmethod
+    def empty(cls, config: LlamaConfig, batch: int, size: int, dtype: Any) -> KVCache:
+        """Zeros: what is behind a sequence's last token has no weight, but must be finite."""
+        shape = (batch * config.num_key_value_heads, size, config.head_dim)
+        return cls(tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)))
+
+    @staticmethod
+    def bytes_needed(config: LlamaConfig, batch: int, size: int, dtype: Any) -> int:
+        """Bytes of a cache of this size."""
+        per_layer = 2 * batch * config.num_key_value_heads * size * config.head_dim
+        return config.num_hidden_layers * per_layer * jnp.dtype(dtype).itemsize
+
+
+def join_caches(caches: Sequence[KVCache], mesh: Mesh) -> KVCache:
+    """The caches of single sequences, on `steps_mesh` of one, as one cache on `steps_mesh` of so many."""
+    target, model = steps_mesh(mesh, len(caches)), mesh.shape[MODEL]
+    spec = batch_spec(CACHE, len(caches), target)
+    data = target.shape[DATA] if spec == CACHE else 1
+
+    def join(*parts: jax.Array) -> jax.Array:
+        if data == model == 1:
+            return jnp.concatenate(parts)
+        x_MBKSH = jnp.stack([x.reshape(model, -1, *x.shape[1:]) for x in parts], axis=1)
+        x_MDBKSH = x_MBKSH.reshape(model, data, -1, *x_MBKSH.shape[2:])
+        return move(x_MDBKSH.swapaxes(0, 1).reshape(-1, *x_MBKSH.shape[3:]), target, spec)
+
+    return jax.tree.map(join, *caches)
+
+
+def write_at(x_ZSH: jax.Array, new_BKH: jax.Array, positions_B: jax.Array) -> jax.Array:
+    """Writes one row of each sequence at its position; a slice a sequence is written in place, a scatter is slower."""
+    B, K, _ = new_BKH.shape
+    new_BK1H = new_BKH.astype(x_ZSH.dtype)[:, :, None]
+    for b in range(B):
+        x_ZSH = jax.lax.dynamic_update_slice(x_ZSH, new_BK1H[b], (b * K, positions_B[b], 0))
+    return x_ZSH

@@ -1,0 +1,362 @@
+"""The compiled programs of a model: a forward that the host runs layer by layer, and steps of decoding.
+
+Letters as in kascade_core.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from attention.model_axis import ModelShards
+from attention.sharding import (
+    CACHE,
+    CONTEXT,
+    DATA,
+    HEAD_ROWS,
+    MODEL,
+    ROWS,
+    TILES,
+    WHOLE,
+    Layout,
+    batch_spec,
+    compile_ahead,
+    first_device,
+    jit,
+    move,
+    pad_axis,
+    place,
+    shard,
+    steps_mesh,
+    whole,
+)
+from kascade_core import REUSE, LayerPlan, Schedule, tile_count
+from network.cache import KeysValues, KVCache
+from network.layers import Block, Rope, rope_table
+
+COMPILED_AT_ONCE = 4  # programs of a forward: more would only take turns on the cores
+ROPE = PartitionSpec(None, CONTEXT)  # cos and sin, the same for all sequences
+STEP_TILES = PartitionSpec(DATA, None, MODEL)  # [B, N, K, 1, C] of N steps
+
+
+class Output(NamedTuple):
+    """What a forward returns.
+
+    Attributes:
+      nll: float32 nats [B, T - 1], of each token but the first.
+      tiles: {layer: tiles_BKQC} that its anchors (or, while calibrating, all layers) chose.
+      stream: float32 [B, T, D], the final, normed residual stream, from which every prediction follows.
+      keys_values: each layer's (k_BTKH, v_BTKH) in the order of the layout, for `Forward.fill_cache`; None where no
+        cache was asked for.
+    """
+
+    nll: jax.Array
+    tiles: Mapping[int, jax.Array]
+    stream: jax.Array
+    keys_values: tuple[KeysValues, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A compiled forward: call it with (params, input_ids) for an `Output`.
+
+    The host runs the layers one after another. Layers that do the same share one program, so that compiling takes no
+    longer for a deeper model; one program for all layers is not faster (measured on a CPU: slower by 2 to 6 %).
+
+    Attributes:
+      schedule: the model's.
+      shards: of the mesh's model axis.
+      layout: how the sequence was cut.
+      batch: sequences at once; fewer are computed beside copies of themselves.
+      mesh: the devices.
+      begin, end: the programs before and after the layers.
+      layers: each layer's program.
+      collect: for each layer that chooses tiles the program that puts them in the sequence's order.
+      seconds: that tracing and compiling took.
+    """
+
+    schedule: Schedule
+    shards: ModelShards
+    layout: Layout
+    batch: int
+    mesh: Mesh | None
+    begin: Any
+    end: Any
+    layers: tuple[Any, ...]
+    collect: Mapping[int, Any]
+    seconds: float = 0.0
+
+    def __call__(self, params: Any, input_ids: jax.Array) -> Output:
+        rows = input_ids.shape[0]
+        if rows == self.batch:
+            return self._compute(params, input_ids)
+        full = self._compute(params, jnp.resize(input_ids, (self.batch, input_ids.shape[1])))
+        return jax.tree.map(lambda x: x[:rows], full)
+
+    def _compute(self, params: Any, input_ids: jax.Array) -> Output:
+        inner = params["params"]
+        outer = _outer(inner)
+        x_BTD, rope, next_ids_BT = self._run(self.begin, outer, input_ids)
+        chosen: dict[int, jax.Array] = {}
+        keys_values = []
+        for i, (program, plan) in enumerate(zip(self.layers, self.schedule, strict=True)):
+            reused = () if plan.anchor is None else (chosen[plan.anchor], self.sources[i])
+            x_BTD, tiles, layer_keys_values = self._run(program, inner[f"layer_{i}"], x_BTD, rope, *reused)
+            keys_values.append(layer_keys_values)
+            if tiles is not None:
+                chosen[i] = tiles
+        nll, stream = self._run(self.end, outer, x_BTD, next_ids_BT)
+        tiles = {layer: self._run(self.collect[layer], tiles) for layer, tiles in chosen.items()}
+        return Output(nll, tiles, stream, None if keys_values[0] is None else tuple(keys_values))
+
+    def _run(self, program: Any, *args: Any) -> Any:
+        """One program at a time on several CPU devices: two that gather, waiting at once, can wait for each other."""
+        out = program(*args)
+        if self.mesh is not None and self.mesh.size > 1 and first_device(self.mesh).platform == "cpu":
+            jax.block_until_ready(out)
+        return out
+
+    @functools.cached_property
+    def sources(self) -> dict[int, jax.Array]:
+        """For each layer that reuses tiles, `ModelShards.sources`; placed here, for a plan's devices hold nothing."""
+        reusing = ((i, plan) for i, plan in enumerate(self.schedule) if plan.mode == REUSE)
+        return {i: place(self.shards.sources(plan), self.mesh, PartitionSpec(MODEL)) for i, plan in reusing}
+
+    @property
+    def programs(self) -> list[Any]:
+        """The compiled programs, each once."""
+        return [*dict.fromkeys((self.begin, *self.layers, self.end, *self.collect.values()))]
+
+    @property
+    def working_bytes(self) -> int:
+        """Of a device, beside the parameters: the largest program's memory and what layers leave behind."""
+        stats = {program: program.memory_analysis() for program in self.programs}
+        largest = max(s.temp_size_in_bytes + s.output_size_in_bytes for s in stats.values())
+        stream = min(stats[layer].output_size_in_bytes for layer in self.layers)
+        return largest + sum(stats[layer].output_size_in_bytes - stream for layer in self.layers)
+
+    def fill_cache(self, output: Output, size: int, mesh: Mesh, dtype: Any) -> KVCache:
+        """A cache with room for `size` tokens that holds what a forward computed, on the devices of `steps_mesh`."""
+        target = steps_mesh(mesh, output.nll.shape[0])
+
+        def arrange(x_BTKH: jax.Array) -> jax.Array:
+            x_BKTH = self.layout.collect(x_BTKH, 1)[:, : self.layout.length].swapaxes(1, 2)
+            x_ZTH = x_BKTH.reshape(-1, *x_BKTH.shape[2:]).astype(dtype)
+            return pad_axis(x_ZTH, 1, size)
+
+        every_token = batch_spec(PartitionSpec(DATA, None, MODEL), output.nll.shape[0], target)
+        arranged = jit(shard(arrange, target, every_token, batch_spec(CACHE, output.nll.shape[0], target)), target)
+        return KVCache(
+            tuple(
+                tuple(arranged(move(x_BTKH, target, every_token)) for x_BTKH in keys_values)
+                for keys_values in output.keys_values
+            )
+        )
+
+
+class _Kind(NamedTuple):
+    """What decides a layer's program: layers of one kind share it."""
+
+    mode: str
+    budgets: tuple[int, ...] | None
+    largest_budget: int | None
+    has_rope: bool
+    crosses: bool  # whether tiles come from other shards of the model axis
+    slots: int | None  # of the tiles that it reuses
+
+
+class ForwardBuilder:
+    """Compiles a forward's programs side by side: the compiler leaves Python's lock."""
+
+    def __init__(
+        self, model: nn.Module, params: Any, shape: tuple[int, int], mesh: Mesh | None, with_cache: bool
+    ) -> None:
+        self.shards = ModelShards.of(model.config, mesh)
+        self.model, self.params, self.mesh, self.with_cache = model.clone(shards=self.shards), params, mesh, with_cache
+        self.shape, num_shards = shape, mesh.shape[CONTEXT] if mesh else 1
+        self.layout = Layout.of(shape[1], model.selection.block, num_shards)
+        self.rows, self.head_rows, self.tiles = (self._spec(spec) for spec in (ROWS, HEAD_ROWS, TILES))
+        self.stream = self._array((shape[0], self.layout.padded, model.config.hidden_size), jnp.float32, self.rows)
+        self.row_ids = self._array((shape[0], self.layout.padded), jnp.int32, self.rows)
+
+    def build(self) -> Forward:
+        """The whole forward, its `seconds` left open."""
+        schedule, inner = self.model.schedule, self.params["params"]
+        outer = _outer(inner)
+        with ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
+            ids = jax.ShapeDtypeStruct(self.shape, jnp.int32)
+            begin = pool.submit(compile_ahead, self._begin, (outer, ids), self.mesh)
+            end = pool.submit(compile_ahead, self._end, (outer, self.stream, self.row_ids), self.mesh)
+            rope = (self._array((1, self.layout.padded, 1, self.model.config.head_dim // 2), jnp.float32, ROPE),) * 2
+            sources = self._array(self.shards.copies.shape, jnp.int32, PartitionSpec(MODEL))
+            layers, collect, kinds = {}, {}, []
+            chosen: dict[int, Any] = {}  # of each layer that chooses, the tiles' shape
+            for i, plan in enumerate(schedule):
+                kinds.append(self._kind(i, chosen))
+                reused = () if plan.anchor is None else (chosen[plan.anchor], sources)
+                args = (inner[f"layer_{i}"], self.stream, rope, *reused)
+                if kinds[i] not in layers:
+                    function = self._layer(kinds[i])
+                    tiles = jax.eval_shape(function, *args)[1]
+                    program = pool.submit(compile_ahead, function, args, self.mesh, (1,))
+                    layers[kinds[i]] = program, tiles and self._array(tiles.shape, tiles.dtype, self.tiles)
+                if tiles := layers[kinds[i]][1]:
+                    chosen[i] = tiles
+                    if tiles.shape not in collect:
+                        collect[tiles.shape] = pool.submit(compile_ahead, self._collect, (tiles,), self.mesh)
+            return Forward(
+                schedule,
+                self.shards,
+                self.layout,
+                self.shape[0],
+                self.mesh,
+                begin.result(),
+                end.result(),
+                tuple(layers[kind][0].result() for kind in kinds),
+                {i: collect[tiles.shape].result() for i, tiles in chosen.items()},
+            )
+
+    def _kind(self, layer: int, chosen: Mapping[int, Any]) -> _Kind:
+        plan = self.model.schedule[layer]
+        slots = None if plan.anchor is None else chosen[plan.anchor].shape[-1]
+        has_rope = layer not in self.model.config.no_rope_layers
+        crosses = plan.mode == REUSE and self.shards.crosses(plan)
+        return _Kind(plan.mode, plan.budgets, plan.largest_budget, has_rope, crosses, slots)
+
+    def _layer(self, kind: _Kind) -> Callable[..., Any]:
+        plan = LayerPlan(kind.mode, budgets=kind.budgets, largest_budget=kind.largest_budget)
+        block, shards = self.model.block(plan), self.shards
+
+        def run(block: Block, x_BTD: jax.Array, rope: Rope, *reused: jax.Array) -> tuple[Any, Any, Any]:
+            tiles_BKQC = shards.cut(shards.take_tiles(*reused, kind.crosses), kind.budgets) if reused else None
+            layer_rope = rope if kind.has_rope else None
+            x_BTD, chosen_BKQC, keys_values = block.attend(x_BTD, layer_rope, tiles_BKQC, self.layout)
+            return block.feed(x_BTD), chosen_BKQC, keys_values if self.with_cache else None
+
+        def local(params: Any, *args: Any) -> tuple[Any, Any, Any]:
+            return block.apply({"params": params}, *args, method=run)
+
+        reused = (self.tiles, PartitionSpec(MODEL)) if kind.mode == REUSE else ()
+        in_specs = (self.shards.specs()["params"]["layer_0"], self.rows, ROPE, *reused)
+        return shard(local, self.mesh, in_specs, (self.rows, self.tiles, self.head_rows))
+
+    def _begin(self, outer: Any, ids_BT: jax.Array) -> tuple[jax.Array, Rope, jax.Array]:
+        """The stream before layer 0, RoPE's table and each token's next id, all in the order of the layout."""
+
+        def local(outer: Any, ids_BT: jax.Array) -> tuple[jax.Array, Rope]:
+            rope = rope_table(self.model.config, self.layout.local_positions()[None], self.layout.length)
+            return self.model.apply({"params": outer}, ids_BT, method="embed"), rope
+
+        next_ids_BT = self.layout.spread(jnp.roll(ids_BT, -1, axis=1), 1)
+        sharded = shard(local, self.mesh, (self._outer_specs(outer), self.rows), (self.rows, ROPE))
+        return *sharded(outer, self.layout.spread(ids_BT, 1)), self._constrained(next_ids_BT, self.rows)
+
+    def _end(self, outer: Any, x_BTD: jax.Array, next_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The loss of each token but the first and the final, normed stream, in the order of the sequence."""
+
+        def local(outer: Any, x_BTD: jax.Array, next_ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x_BTD = self.model.apply({"params": outer}, x_BTD, method="normed")
+            nll = self.model.apply({"params": outer}, x_BTD, next_ids_BT, method="next_token_nll")
+            return nll, self._own_part(x_BTD, 1)
+
+        in_specs = (self._outer_specs(outer), self.rows, self.rows)
+        nll, x_BTD = shard(local, self.mesh, in_specs, (self.rows, self.rows))(outer, x_BTD, next_ids_BT)
+        length = self.layout.length
+        nll = whole(self.layout.collect(nll, 1)[:, : length - 1], self.mesh)
+        return nll, self._in_order(x_BTD, 1)[:, :length]
+
+    def _collect(self, tiles_BKQC: jax.Array) -> jax.Array:
+        """A layer's tiles in the order of the sequence, one row of them for each KV head."""
+        num_query_tiles = tile_count(self.layout.length, self.model.selection.query_tile)
+        ordered = shard(lambda x: self._own_part(x, 2), self.mesh, (self.tiles,), self.tiles)
+        tiles_BKQC = self._in_order(self.shards.unique(ordered(tiles_BKQC)), 2)[:, :, :num_query_tiles]
+        return whole(tiles_BKQC, self.mesh)
+
+    def _own_part(self, x: jax.Array, axis: int) -> jax.Array:
+        """Inside `jax.shard_map`, where the layout can: each shard's part of the sequence, so that none holds all."""
+        return self.layout.own_part(x, axis) if self.layout.has_even_parts else x
+
+    def _in_order(self, x: jax.Array, axis: int) -> jax.Array:
+        """Outside it: in the order of the sequence, whether or not `_own_part` could."""
+        return x if self.layout.has_even_parts else self.layout.collect(x, axis)
+
+    def _outer_specs(self, outer: Any) -> Any:
+        specs = self.shards.specs()["params"]
+        return {name: specs[name] for name in outer}
+
+    def _spec(self, spec: PartitionSpec) -> PartitionSpec:
+        return batch_spec(spec, self.shape[0], self.mesh)
+
+    def _array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(self.mesh, spec) if self.mesh else None
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def _constrained(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec)) if self.mesh else x
+
+
+def _outer(inner: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that belong to no layer."""
+    return {name: leaf for name, leaf in inner.items() if not name.startswith("layer_")}
+
+
+class Decoded(NamedTuple):
+    """What N steps return.
+
+    Attributes:
+      stream: float32 [B, N, D], the final, normed stream of each new token.
+      best: int32 [B, N], the likeliest next token after each.
+      tiles: {layer: tiles [B, N, K, 1, C]} that its anchors chose.
+      cache: with the new tokens in it.
+    """
+
+    stream: jax.Array
+    best: jax.Array
+    tiles: Mapping[int, jax.Array]
+    cache: KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Compiled steps: call with (params, ids_BN, positions_B, cache), all on `steps_mesh`; the cache is given away."""
+
+    program: Any
+    seconds: float
+
+    def __call__(self, params: Any, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
+        return self.program(params, ids_BN, positions_B, cache)
+
+
+def compile_steps(model: nn.Module, params: Any, cache: KVCache, num_steps: int, mesh: Mesh | None) -> Decoder:
+    """`LlamaModel.compile_decode`."""
+    shards = ModelShards.of(model.config, mesh)
+    batch = cache.layers[0][0].shape[0] // shards.copies.size
+    model = model.clone(shards=shards)
+
+    def local(params: Any, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
+        return model.apply(params, ids_BN, positions_B, cache, method="decode")
+
+    inner = None if mesh is None or mesh.size == 1 else mesh
+    by_batch, tiles = batch_spec(PartitionSpec(DATA), batch, mesh), batch_spec(STEP_TILES, batch, mesh)
+    out_specs = Decoded(by_batch, by_batch, tiles, batch_spec(CACHE, batch, mesh))
+    in_specs = (shards.specs(), by_batch, by_batch, batch_spec(CACHE, batch, mesh))
+    sharded = shard(local, inner, in_specs, out_specs)
+
+    def run(*args: Any) -> Decoded:
+        decoded = sharded(*args)
+        return decoded._replace(tiles={i: shards.unique(tiles, 2) for i, tiles in decoded.tiles.items()})
+
+    everywhere = NamedSharding(mesh, WHOLE) if mesh else None
+    args = [jax.ShapeDtypeStruct(s, jnp.int32, sharding=everywhere) for s in ((batch, num_steps), (batch,))]
+    start = time.perf_counter()
+    program = compile_ahead(run, (params, *args, cache), mesh, donate=(3,))
+    return Decoder(program, time.perf_counter() - start)
