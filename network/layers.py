@@ -5,6 +5,7 @@ Letters as in kascade_core.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +25,9 @@ Rope = tuple[
     jax.Array, jax.Array
 ]  # cos and sin, float32 [B, T, 1, H / 2] each; B is 1 where all sequences share positions
 
-MLP_ROWS = 8192  # tokens that go through the MLP at once, at most: its F columns are the widest array of a layer
+# Tokens that go through the MLP at once, at most: its F columns are the widest array of a layer. A CPU has an allocator
+# that gives large arrays back and pays for their pages anew in each layer.
+MLP_ROWS, CPU_MLP_ROWS = 8192, 1024
 
 matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -119,12 +122,19 @@ class FeedForward(nn.Module):
             gate_BTF = nn.silu(linear(x_BTD, w["w1"], self.dtype))
             return linear(gate_BTF * linear(x_BTD, w["w3"], self.dtype), w["w2"], self.dtype)
 
-        B, T, D = x_BTD.shape
-        chunks = next(n for n in range(tile_count(T, MLP_ROWS), T + 1) if T % n == 0)
-        if chunks == 1:
+        def apply_in_chunks(x_BTD: jax.Array, rows: int) -> jax.Array:
+            B, T, D = x_BTD.shape
+            chunks = next(n for n in range(tile_count(T, rows), T + 1) if T % n == 0)
+            if chunks == 1:
+                return apply(x_BTD)
+            x_chunks = x_BTD.reshape(B, chunks, T // chunks, D).swapaxes(0, 1)
+            return jax.lax.map(apply, x_chunks).swapaxes(0, 1).reshape(B, T, D)
+
+        if x_BTD.shape[1] <= CPU_MLP_ROWS:
             return self.shards.sum(apply(x_BTD))
-        x_chunks = x_BTD.reshape(B, chunks, T // chunks, D).swapaxes(0, 1)
-        return self.shards.sum(jax.lax.map(apply, x_chunks).swapaxes(0, 1).reshape(B, T, D))
+        by_platform = {"cpu": CPU_MLP_ROWS, "default": MLP_ROWS}
+        branches = {name: functools.partial(apply_in_chunks, rows=rows) for name, rows in by_platform.items()}
+        return self.shards.sum(jax.lax.platform_dependent(x_BTD, **branches))
 
 
 class Block(nn.Module):

@@ -17,6 +17,7 @@ from attention.sharding import Layout, make_mesh
 from errors import InputError
 from kascade_core import ANCHOR, DENSE, KASCADE_CACHE, REUSE, LayerPlan, Selection, compute_perplexity, perplexity_of
 from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
+from network import layers
 from weights.folder import read_manifest
 
 SPARSE = {0: (DENSE, None), 1: (ANCHOR, None), 2: (REUSE, 1, (1, 1))}
@@ -193,6 +194,15 @@ def test_the_loss_is_the_perplexity_of_the_logits(folders, monkeypatch, name, ch
     logits = logits_of(model, params, ids)
     assert perplexity_of(output.nll) == pytest.approx(compute_perplexity(logits, ids), rel=1e-6)
     np.testing.assert_allclose(output.nll, core.token_nll(logits[:, :-1], ids[:, 1:]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [8, 7, 1])
+def test_the_mlp_goes_through_any_number_of_tokens_at_once(loaded, ids, monkeypatch, rows):
+    config, params = loaded
+    whole = run(LlamaModel(config), params, ids)
+    monkeypatch.setattr(layers, "CPU_MLP_ROWS", rows)
+    in_chunks = run(LlamaModel(config), params, ids)
+    np.testing.assert_allclose(in_chunks.stream, whole.stream, rtol=1e-5, atol=1e-5)
 
 
 def test_budgets_attend_to_that_many_tiles(loaded, ids):

@@ -201,6 +201,20 @@ def test_weights_that_fit_no_mesh_are_an_error_that_says_how_many_devices_would_
         auto_model_axis(config, weights, 100, devices)
 
 
+def test_a_deeper_model_has_no_more_programs():
+    """Compiling takes as long for 80 layers as for 16."""
+
+    def programs(num_layers):
+        config = dataclasses.replace(MODELS["as many KV heads"], num_hidden_layers=num_layers)
+        schedule = {i: (ANCHOR, None) if i % 4 == 1 else (REUSE, i - (i - 1) % 4) for i in range(1, num_layers)}
+        model = LlamaModel(config, {0: (DENSE, None)} | schedule, SELECTION)
+        forward = model.compile(ModelShards(config).shapes(None, jnp.float32), jax.ShapeDtypeStruct((1, T), jnp.int32))
+        assert len(forward.layers) == num_layers
+        return len(forward.programs)
+
+    assert programs(80) == programs(16)
+
+
 def test_the_mesh_is_as_asked_or_made_for_the_weights():
     config = MODELS["as many KV heads"]
     mesh, why = pick_mesh(mesh_axes("model=2,context=3"), jax.devices(), config, "float32")
