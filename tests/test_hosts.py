@@ -592,8 +592,8 @@ def test_processes_with_other_weights_end_with_one_sentence(root):
     [
         (2, [*LOW, *SAVING, *STEPS, "--mesh", "context=2"]),
         (2, [*LOW, *SAVING, *STEPS, "--mesh", "model=2"]),
-        (2, [*LOW, *SAVING, *STEPS, "--mesh", "data=2", "--windows", "2"]),
-        (4, [*LOW, *SAVING, *STEPS, "--mesh", "model=2", "--batch", "2", "--windows", "2"]),
+        (2, [*LOW, *SAVING, *STEPS, "--mesh", "data=2", "--batch", "3", "--windows", "3", "--seq_len", "20"]),
+        (4, [*LOW, *SAVING, *STEPS, "--mesh", "data=2,model=2", "--batch", "2", "--windows", "2"]),
         (2, SEARCH),
         (2, LIMIT),
     ],
