@@ -287,8 +287,8 @@ def steps_mesh(mesh: Mesh, batch: int) -> Mesh:
 def move(tree: Any, mesh: Mesh, spec: PartitionSpec = WHOLE) -> Any:
     """The arrays on the devices of `mesh`, split as `spec` says.
 
-    Where several processes share them, arrays come from this process's host, or from a mesh whose DATA and MODEL are
-    those of `mesh`, a `steps_mesh` of it: no process then sends another more than splitting anew needs.
+    Where several processes share them, arrays come from this process's host, or from a mesh of which `mesh` is the
+    `steps_mesh`: they are split anew where they are, and then kept on fewer devices.
     """
     sharding = NamedSharding(mesh, spec)
 
