@@ -22,7 +22,7 @@ from attention.xla import matmul
 from kascade_core import LayerPlan, Selection, freeze_schedule
 from network.cache import KVCache
 from network.layers import Block, linear, matrix_init, rms_norm, rope_table, two_rows
-from network.programs import Decoded, Decoder, Forward, ForwardBuilder, compile_steps
+from network.programs import Decoder, Forward, ForwardBuilder, compile_steps
 from weights.config import EMBEDDINGS_CHUNK, LlamaConfig, RopeScaling
 from weights.folder import Manifest, read_chunks
 
@@ -162,24 +162,6 @@ class LlamaModel(nn.Module):
             x_BTD = block.feed(x_BTD)
         return self.normed(x_BTD)
 
-    def step(
-        self, ids_B: jax.Array, positions_B: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, dict[int, jax.Array], KVCache]:
-        """One new token a sequence: its final, normed stream x_B1D, the tiles_BK1C that anchors chose, the cache."""
-        rope = rope_table(self.config, positions_B[:, None], positions_B + 1)
-        x_B1D, shards = self.embed(ids_B[:, None]), self._shards()
-        tiles_by_layer: dict[int, jax.Array] = {}
-        layers = []
-        for i, (block, plan) in enumerate(zip(self.layer, self.schedule, strict=True)):
-            tiles_BK1C = None if plan.anchor is None else shards.attended(plan, tiles_by_layer[plan.anchor])
-            layer_rope = None if i in self.config.no_rope_layers else rope
-            x_B1D, chosen_BK1C, cached = block.attend_step(x_B1D, layer_rope, tiles_BK1C, cache.layers[i], positions_B)
-            x_B1D = block.feed(x_B1D)
-            layers.append(cached)
-            if chosen_BK1C is not None:
-                tiles_by_layer[i] = chosen_BK1C
-        return self.normed(x_B1D), tiles_by_layer, KVCache(tuple(layers))
-
     def normed(self, x_BTD: jax.Array) -> jax.Array:
         """The final stream, from which every prediction follows."""
         return rms_norm(x_BTD, self.norm, self.config.rms_norm_eps)
@@ -207,21 +189,6 @@ class LlamaModel(nn.Module):
         table_VD, ids_BT = jax.lax.optimization_barrier((self.tok_embeddings, ids_BT))
         rows_BTD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[ids_BT]
         return jax.lax.bitcast_convert_type(rows_BTD, jnp.bfloat16).astype(jnp.float32)
-
-    def decode(self, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
-        """N steps, the first at `positions_B`. A negative id stands for the likeliest token of the step before."""
-
-        def body(module: LlamaModel, carry: Any, ids_B: jax.Array) -> tuple[Any, Any]:
-            cache, positions_B, best_B = carry
-            ids_B = jnp.where(ids_B < 0, best_B, ids_B)
-            x_B1D, tiles, cache = module.step(ids_B, positions_B, cache)
-            best_B = module.likeliest(x_B1D)[:, 0]
-            return (cache, positions_B + 1, best_B), (x_B1D[:, 0], best_B, tiles)
-
-        scan = nn.scan(body, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
-        carry = (cache, positions_B, jnp.zeros_like(positions_B))
-        (cache, _, _), (stream, best, tiles) = scan(self, carry, ids_BN)
-        return Decoded(stream, best, tiles, cache)
 
     def likeliest(self, x_BTD: jax.Array) -> jax.Array:
         """int32 [B, T]: the likeliest next token after each, given the final stream; for few tokens."""

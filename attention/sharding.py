@@ -216,6 +216,11 @@ def jit(function: Callable[..., Any], mesh: Mesh | None = None, donate: tuple[in
     return jax.jit(function, donate_argnums=donate, compiler_options=options or None)
 
 
+def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of a program that is compiled as a whole: calls with arguments of the same shapes share one trace."""
+    return jax.jit(function)
+
+
 @functools.cache
 def compiler_options(device: jax.Device) -> dict[str, str]:
     """What the compiler of a device's programs is told; on a TPU only those options that its compiler has."""

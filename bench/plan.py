@@ -273,7 +273,7 @@ def by_arithmetic(job: Job, topology: Topology, mesh: str) -> Row:
 def check(job: Job, topology: Topology, mesh: str) -> Row:
     """A job's row, compiled if there is a compiler and its weights and cache alone fit."""
     row = by_arithmetic(job, topology, mesh)
-    if topology.devices() is None:
+    if not topology.has_compiler:
         return row
     if row.needs.weights + row.needs.cache > topology.chip.memory:
         return dataclasses.replace(row, note="not compiled: weights and cache alone do not fit")

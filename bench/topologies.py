@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Sequence
 
 import jax
@@ -72,10 +73,19 @@ class Topology:
     layout: str | None = None
 
     def devices(self) -> Sequence[jax.Device] | None:
-        """Devices to compile for; None where only arithmetic is possible."""
+        """Devices to compile for; None where only arithmetic is possible.
+
+        Raises:
+          InputError: the TPU's compiler is not installed.
+        """
         if self.name == HERE:
             return jax.devices()
         return None if self.layout is None else _tpu_devices(self.chip.name, self.layout)
+
+    @property
+    def has_compiler(self) -> bool:
+        """Whether there are devices to compile for."""
+        return self.name == HERE or self.layout is not None
 
     def kind(self) -> str:
         """The platform whose kernels run on it."""
@@ -90,6 +100,8 @@ class Topology:
 
 @functools.cache
 def _tpu_devices(chip: str, layout: str) -> Sequence[jax.Device]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("the TPU's compiler is not installed: pip install -r bench/requirements-tpu.txt")
     options = {"chips_per_host_bounds": ONE_CHIP} if layout == SQUARES[1] else {}
     options |= {"chip_config_name": "megacore"} if chip == "v4" else {}
     described = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{layout}", **options)

@@ -37,6 +37,7 @@ from attention.sharding import (
     place,
     shard,
     steps_mesh,
+    traced_once,
     whole,
 )
 from kascade_core import REUSE, LayerPlan, Schedule, tile_count
@@ -343,7 +344,7 @@ def compile_steps(model: nn.Module, params: Any, cache: KVCache, num_steps: int,
     model = model.clone(shards=shards)
 
     def local(params: Any, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
-        return model.apply(params, ids_BN, positions_B, cache, method="decode")
+        return decode_steps(model, params, ids_BN, positions_B, cache)
 
     inner = None if mesh is None or mesh.size == 1 else mesh
     by_batch, tiles = batch_spec(PartitionSpec(DATA), batch, mesh), batch_spec(STEP_TILES, batch, mesh)
@@ -360,3 +361,62 @@ def compile_steps(model: nn.Module, params: Any, cache: KVCache, num_steps: int,
     start = time.perf_counter()
     program = compile_ahead(run, (params, *args, cache), mesh, donate=(3,))
     return Decoder(program, time.perf_counter() - start)
+
+
+def decode_steps(model: nn.Module, params: Any, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
+    """N steps, the first at `positions_B`. A negative id stands for the likeliest token of the step before."""
+    return _Steps(model, params["params"]).run(ids_BN, positions_B, cache)
+
+
+class _Steps:
+    """Steps of decoding on one device's part of a model; layers that do the same are traced once."""
+
+    def __init__(self, model: nn.Module, params: Mapping[str, Any]) -> None:
+        self.model, self.params, self.outer = model, params, _outer(params)
+        self.layer = functools.cache(self._layer)
+
+    def run(self, ids_BN: jax.Array, positions_B: jax.Array, cache: KVCache) -> Decoded:
+        """`decode_steps`."""
+
+        def body(carry: Any, ids_B: jax.Array) -> tuple[Any, Any]:
+            cache, positions_B, best_B = carry
+            ids_B = jnp.where(ids_B < 0, best_B, ids_B)
+            x_B1D, tiles, cache = self._step(ids_B, positions_B, cache)
+            best_B = self._apply("likeliest", x_B1D)[:, 0]
+            return (cache, positions_B + 1, best_B), (x_B1D[:, 0], best_B, tiles)
+
+        carry = (cache, positions_B, jnp.zeros_like(positions_B))
+        (cache, _, _), (stream, best, tiles) = jax.lax.scan(body, carry, ids_BN.T)
+        by_sequence = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), (stream, best, tiles))
+        return Decoded(*by_sequence, cache)
+
+    def _step(
+        self, ids_B: jax.Array, positions_B: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, dict[int, jax.Array], KVCache]:
+        """One new token a sequence: its final, normed stream x_B1D, the tiles_BK1C that anchors chose, the cache."""
+        model, shards = self.model, self.model.shards or ModelShards(self.model.config)
+        rope = rope_table(model.config, positions_B[:, None], positions_B + 1)
+        x_B1D, chosen, layers = self._apply("embed", ids_B[:, None]), {}, []
+        for i, plan in enumerate(model.schedule):
+            tiles_BK1C = None if plan.anchor is None else shards.attended(plan, chosen[plan.anchor])
+            layer_rope = None if i in model.config.no_rope_layers else rope
+            layer = self.layer(LayerPlan(plan.mode, budgets=plan.budgets, largest_budget=plan.largest_budget))
+            args = (self.params[f"layer_{i}"], x_B1D, layer_rope, tiles_BK1C, cache.layers[i], positions_B)
+            x_B1D, tiles_BK1C, cached = layer(*args)
+            layers.append(cached)
+            if tiles_BK1C is not None:
+                chosen[i] = tiles_BK1C
+        return self._apply("normed", x_B1D), chosen, KVCache(tuple(layers))
+
+    def _layer(self, plan: LayerPlan) -> Callable[..., Any]:
+        """A layer's step, given its parameters and the arguments of `Block.attend_step`."""
+        block = self.model.block(plan)
+
+        def run(block: Block, *args: Any) -> tuple[Any, Any, Any]:
+            x_B1D, chosen_BK1C, cached = block.attend_step(*args)
+            return block.feed(x_B1D), chosen_BK1C, cached
+
+        return traced_once(lambda params, *args: block.apply({"params": params}, *args, method=run))
+
+    def _apply(self, method: str, *args: Any) -> jax.Array:
+        return self.model.apply({"params": self.outer}, *args, method=method)

@@ -4,6 +4,7 @@ The least row of each kind that the TPU's compiler makes is marked `tpu_compile`
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,11 @@ from bench import compile_tpu, needs, topologies
 from bench import plan as planning
 from bench.collectives import Collective, count_collectives, total
 from bench.needs import Job, Needs, Work
+from errors import InputError
 from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, Selection, freeze_schedule, select_tiles
 from llama_model import LlamaModel
 from network.cache import KVCache
+from network.programs import decode_steps
 from weights.config import LlamaConfig
 
 TINY = LlamaConfig(
@@ -84,7 +87,7 @@ def test_a_steps_flop_are_those_of_the_traced_program():
     params = ModelShards(TINY).shapes(None, jnp.bfloat16)
     cache = KVCache.shapes(TINY, 5, step.cache_size, jnp.bfloat16)
     ids, positions = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((5, 1), (5,)))
-    traced = jax.make_jaxpr(lambda *args: model.apply(*args, method="decode"))(params, ids, positions, cache)
+    traced = jax.make_jaxpr(partial(decode_steps, model))(params, ids, positions, cache)
     one = needs.mesh_of_sizes({"data": 1, "context": 1, "model": 1})
     assert needs.work(step, one).flops == compile_tpu.count_flops(traced.jaxpr)
 
@@ -239,6 +242,13 @@ def test_a_program_that_the_compiler_refuses_does_not_fit_and_its_words_are_kept
     found = planning.plan(job(), topologies.find("v5e-8"), "auto")
     assert found.note == "the compiler: RESOURCE_EXHAUSTED: Ran out of memory on HBM, 17.00G of 15.75G"
     assert found.verdict == "does not fit, says the compiler; the least that fits is v5e-16"
+
+
+def test_where_the_tpus_compiler_is_not_installed_a_sentence_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    topologies._tpu_devices.cache_clear()
+    with pytest.raises(InputError, match="^the TPU's compiler is not installed: pip install -r bench/requirements-tpu"):
+        topologies.find("v5e-8").devices()
 
 
 def test_gpus_are_planned_by_arithmetic_and_the_least_that_fits_is_named(capsys, tmp_path):

@@ -22,6 +22,7 @@ from llama_model import LlamaModel, load_weights
 from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, answer_of, oracle_of, padded
 from measure.settings import FWE, NIAH_MULTIKEY, NIAH_SINGLE, TASKS, VT, Settings
 from measure.tasks import ANSWER_ROOM, CANDIDATES, Item, Task, make_tasks
+from network.programs import decode_steps
 from report import console
 from report.results import PROMPT, QUESTION, Answers, TaskRow
 from weights.folder import read_manifest
@@ -255,7 +256,7 @@ def test_a_sparse_question_after_a_dense_context_is_the_plain_decoding_of_both(a
     for candidate in item.candidates:
         cache = forward.fill_cache(forward(params, context), LENGTH + 7, mesh, jnp.float32)
         ids = move(jnp.asarray([[*item.prompt[first:], *candidate]]), steps_mesh(mesh, 1))
-        decoded = jitted(sparse)(step_params, ids, jnp.array([first]), cache, method="decode")
+        decoded = jax.jit(functools.partial(decode_steps, sparse))(step_params, ids, jnp.array([first]), cache)
         nll = jitted(sparse)(step_params, decoded.stream[:, 7:-1], ids[:, 8:], method="next_token_nll")
         losses.append(float(nll.sum()))
         if not losses[1:]:
