@@ -145,29 +145,36 @@ class Forward:
 
     def fill_cache(self, output: Output, size: int, mesh: Mesh, dtype: Any) -> KVCache:
         """A cache with room for `size` tokens that holds what a forward computed, on the devices of `steps_mesh`."""
-        target = steps_mesh(mesh, output.nll.shape[0])
-
-        def arrange(x_BTKH: jax.Array) -> jax.Array:
-            x_BKTH = self.layout.collect(x_BTKH, 1)[:, : self.layout.length].swapaxes(1, 2)
-            x_ZTH = x_BKTH.reshape(-1, *x_BKTH.shape[2:]).astype(dtype)
-            return pad_axis(x_ZTH, 1, size)
-
-        whole = batch_spec(PartitionSpec(DATA, None, MODEL), output.nll.shape[0], target)
-        arranged = jit(shard(arrange, target, whole, batch_spec(CACHE, output.nll.shape[0], target)), target)
+        batch = output.nll.shape[0]
+        target = steps_mesh(mesh, batch)
+        whole = batch_spec(PartitionSpec(DATA, None, MODEL), batch, target)
+        arrange = _arranging(self.layout, size, jnp.dtype(dtype), whole, batch_spec(CACHE, batch, target), target)
         return KVCache(
             tuple(
-                tuple(arranged(move(x_BTKH, target, whole)) for x_BTKH in keys_values)
+                tuple(arrange(move(x_BTKH, target, whole)) for x_BTKH in keys_values)
                 for keys_values in output.keys_values
             )
         )
 
 
+@functools.cache
+def _arranging(
+    layout: Layout, size: int, dtype: Any, source: PartitionSpec, target: PartitionSpec, mesh: Mesh
+) -> Callable[[jax.Array], jax.Array]:
+    """From a layer's x_BTKH, as a forward leaves it, to a cache's x_ZSH; compiled once for all windows."""
+
+    def arrange(x_BTKH: jax.Array) -> jax.Array:
+        x_BKTH = layout.collect(x_BTKH, 1)[:, : layout.length].swapaxes(1, 2)
+        x_ZTH = x_BKTH.reshape(-1, *x_BKTH.shape[2:]).astype(dtype)
+        return pad_axis(x_ZTH, 1, size)
+
+    return jit(shard(arrange, mesh, source, target), mesh)
+
+
 class _Kind(NamedTuple):
     """What decides a layer's program: layers of one kind share it."""
 
-    mode: str
-    budgets: tuple[int, ...] | None
-    largest_budget: int | None
+    plan: LayerPlan  # without its anchor
     has_rope: bool
     crosses: bool  # whether tiles come from other shards of the model axis
     slots: int | None  # of the tiles that it reuses
@@ -229,14 +236,13 @@ class ForwardBuilder:
         slots = None if plan.anchor is None else chosen[plan.anchor].shape[-1]
         has_rope = layer not in self.model.config.no_rope_layers
         crosses = plan.mode == REUSE and self.shards.crosses(plan)
-        return _Kind(plan.mode, plan.budgets, plan.largest_budget, has_rope, crosses, slots)
+        return _Kind(_without_anchor(plan), has_rope, crosses, slots)
 
     def _layer(self, kind: _Kind) -> Callable[..., Any]:
-        plan = LayerPlan(kind.mode, budgets=kind.budgets, largest_budget=kind.largest_budget)
-        block, shards = self.model.block(plan), self.shards
+        block, shards = self.model.block(kind.plan), self.shards
 
         def run(block: Block, x_BTD: jax.Array, rope: Rope, *reused: jax.Array) -> tuple[Any, Any, Any]:
-            tiles_BKQC = shards.cut(shards.take_tiles(*reused, kind.crosses), kind.budgets) if reused else None
+            tiles_BKQC = shards.cut(shards.take_tiles(*reused, kind.crosses), kind.plan.budgets) if reused else None
             layer_rope = rope if kind.has_rope else None
             x_BTD, chosen_BKQC, keys_values = block.attend(x_BTD, layer_rope, tiles_BKQC, self.layout)
             return block.feed(x_BTD), chosen_BKQC, keys_values if self.with_cache else None
@@ -244,7 +250,7 @@ class ForwardBuilder:
         def local(params: Any, *args: Any) -> tuple[Any, Any, Any]:
             return block.apply({"params": params}, *args, method=run)
 
-        reused = (self.tiles, PartitionSpec(MODEL)) if kind.mode == REUSE else ()
+        reused = (self.tiles, PartitionSpec(MODEL)) if kind.plan.mode == REUSE else ()
         in_specs = (self.shards.specs()["params"]["layer_0"], self.rows, ROPE, *reused)
         return shard(local, self.mesh, in_specs, (self.rows, self.tiles, self.head_rows))
 
@@ -299,6 +305,11 @@ class ForwardBuilder:
 
     def _constrained(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec)) if self.mesh else x
+
+
+def _without_anchor(plan: LayerPlan) -> LayerPlan:
+    """What a layer does with tiles that it is given: the same for layers of different anchors."""
+    return LayerPlan(plan.mode, budgets=plan.budgets, largest_budget=plan.largest_budget)
 
 
 def _outer(inner: Mapping[str, Any]) -> dict[str, Any]:
@@ -396,7 +407,7 @@ class _Steps:
         for i, plan in enumerate(model.schedule):
             tiles_BK1C = None if plan.anchor is None else shards.attended(plan, chosen[plan.anchor])
             layer_rope = None if i in model.config.no_rope_layers else rope
-            layer = self.layer(LayerPlan(plan.mode, budgets=plan.budgets, largest_budget=plan.largest_budget))
+            layer = self.layer(_without_anchor(plan))
             args = (self.params[f"layer_{i}"], x_B1D, layer_rope, tiles_BK1C, cache.layers[i], positions_B)
             x_B1D, tiles_BK1C, cached = layer(*args)
             layers.append(cached)
