@@ -197,9 +197,13 @@ def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: ja
 
 def cut_tiles(tiles_BKQC: jax.Array, budgets: Sequence[int]) -> jax.Array:
     """The first budgets[k] tiles of each KV head k, best first still; C is the largest budget."""
-    slots_C = np.arange(min(max(budgets), tiles_BKQC.shape[-1]))
-    kept_1K1C = slots_C < np.array(budgets)[None, :, None, None]
-    return jnp.where(kept_1K1C, tiles_BKQC[..., : slots_C.size], NO_TILE)
+    return keep_first(tiles_BKQC[..., : max(budgets)], np.array(budgets))
+
+
+def keep_first(tiles_BKQC: jax.Array, budgets_K: np.ndarray | jax.Array) -> jax.Array:
+    """The tiles in as many slots; the first budgets_K[k] of each KV head k stay, the others become NO_TILE."""
+    slots_111C = jnp.arange(tiles_BKQC.shape[-1])[None, None, None]
+    return jnp.where(slots_111C < jnp.asarray(budgets_K)[None, :, None, None], tiles_BKQC, NO_TILE)
 
 
 def seen_tiles(tiles_BKQC: np.ndarray, selection: Selection | None = None) -> np.ndarray:
@@ -521,8 +525,8 @@ def calibrate_kascade(
             raise InputError(
                 "the model computes infinities or NaN on the calibration text: its weights or config are wrong"
             )
-        for layer, tiles_BKQC in output.tiles.items():
-            tiles_by_layer.setdefault(layer, []).append(np.asarray(tiles_BKQC))
+        for layer, tiles_BKQC in output.fetch_tiles().items():
+            tiles_by_layer.setdefault(layer, []).append(tiles_BKQC)
     publish_tiles({layer: np.concatenate(parts) for layer, parts in tiles_by_layer.items()})
 
 

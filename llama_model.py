@@ -16,14 +16,14 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from attention.model_axis import ModelShards
+from attention.model_axis import ModelShards, as_params
 from attention.sharding import Layout, pad_axis
 from attention.xla import matmul
 from kascade_core import LayerPlan, Selection, freeze_schedule
 from network.cache import KVCache
 from network.layers import Block, linear, matrix_init, rms_norm, rope_table, two_rows
 from network.programs import Decoder, Forward, ForwardBuilder, compile_steps
-from weights.config import EMBEDDINGS_CHUNK, LlamaConfig, RopeScaling
+from weights.config import LlamaConfig, RopeScaling
 from weights.folder import Manifest, read_chunks
 
 __all__ = [
@@ -57,14 +57,14 @@ def load_weights(
     Raises:
       InputError: a chunk is missing, damaged, altered or not what the config says.
     """
-    shards, params = ModelShards.of(manifest.config, mesh), {}
+    shards = ModelShards.of(manifest.config, mesh)
     chunks = tqdm(
         read_chunks(weights_dir, manifest), "loading", len(manifest.chunks), unit="chunk", disable=None, leave=False
     )
+    placed = {}
     for name, chunk in chunks:
-        chunk = shards.place_chunk(name, jax.tree.map(lambda leaf: _as_stored(leaf, dtype), chunk), mesh)
-        params |= chunk if name == EMBEDDINGS_CHUNK else {name.removesuffix(".pkl"): chunk}
-    return {"params": params}
+        placed[name] = shards.place_chunk(name, jax.tree.map(lambda leaf: _as_stored(leaf, dtype), chunk), mesh)
+    return as_params(placed)
 
 
 def _as_stored(leaf: np.ndarray, dtype: Any | None) -> np.ndarray:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attention.sharding import MODEL, WHOLE, place
 from errors import InputError
-from kascade_core import NO_TILE, LayerPlan
+from kascade_core import LayerPlan, keep_first
 from weights.config import EMBEDDINGS_CHUNK, LlamaConfig, chunk_axes, chunk_shapes
 
 MESH_AXES = {  # of an array's logical axis, `weights.config.chunk_axes`
@@ -189,10 +189,8 @@ class ModelShards:
         """`kascade_core.cut_tiles` for the calling shard's copies; one number a KV head."""
         if budgets is None:
             return tiles_BKQC
-        slots_C = np.arange(min(max(budgets), tiles_BKQC.shape[-1]))
         budgets_K = self.here(np.array(budgets)[self.copies].reshape(self.num_shards, -1))
-        kept_1K1C = jnp.asarray(slots_C)[None, None, None] < budgets_K[None, :, None, None]
-        return jnp.where(kept_1K1C, tiles_BKQC[..., : slots_C.size], NO_TILE)
+        return keep_first(tiles_BKQC[..., : max(budgets)], budgets_K)
 
     def unique(self, x: jax.Array, axis: int = 1) -> jax.Array:
         """From all shards' copies, outside `jax.shard_map`: one for each KV head."""
@@ -206,7 +204,7 @@ class ModelShards:
 
     def specs(self) -> dict[str, Any]:
         """How each parameter is split, the tree of {"params": ...}."""
-        return _as_params(_map_tuples(self._spec, chunk_axes(self.config)))
+        return as_params(_map_tuples(self._spec, chunk_axes(self.config)))
 
     def _spec(self, axes: tuple[str, ...]) -> PartitionSpec:
         if self.num_shards == 1 or ("vocab" in axes and self.vocab_shards == 1):
@@ -235,14 +233,14 @@ class ModelShards:
             sharding = NamedSharding(mesh, self._spec(axes)) if mesh else None
             return jax.ShapeDtypeStruct(size, dtype if len(size) > 1 else jnp.float32, sharding=sharding)
 
-        return _as_params(_map_tuples(shape, chunk_shapes(self.held), chunk_axes(self.config)))
+        return as_params(_map_tuples(shape, chunk_shapes(self.held), chunk_axes(self.config)))
 
 
 def _map_tuples(function: Callable[..., Any], *trees: Any) -> Any:
     return jax.tree.map(function, *trees, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def _as_params(chunks: dict[str, Any]) -> dict[str, Any]:
+def as_params(chunks: dict[str, Any]) -> dict[str, Any]:
     """{"params": ...} of a tree by chunk."""
     layers = {name.removesuffix(".pkl"): chunk for name, chunk in chunks.items() if name != EMBEDDINGS_CHUNK}
     return {"params": chunks[EMBEDDINGS_CHUNK] | layers}

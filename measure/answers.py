@@ -101,7 +101,7 @@ class Answerer:
         forward = self.prefill[arm]
         output = forward(self.params, ids_BT)
         if (arm, PROMPT) not in self.densities:
-            attended = attended_tiles(self.models[arm].schedule, fetch(output.tiles))
+            attended = attended_tiles(self.models[arm].schedule, output.fetch_tiles())
             self.densities[arm, PROMPT] = mean_density(attended)
         return output.stream, forward.fill_cache(output, self.size, self.mesh, self.dtype)
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from attention.model_axis import ModelShards
-from attention.sharding import CONTEXT, DATA, jit, on_host_or_shared, pad_axis, shard, whole
+from attention.sharding import CONTEXT, DATA, fetch, jit, on_host_or_shared, pad_axis, shard, whole
 from kascade_core import tile_count
 from llama_model import Comparison, LlamaModel
 from measure.settings import SHORT_CONTEXT
@@ -28,8 +28,7 @@ def run_windows(forward: Forward, params: Any, windows: Sequence[jax.Array]) -> 
     for i in range(0, len(windows), forward.batch):
         ids_BT = jnp.concatenate(windows[i : i + forward.batch])
         output = forward(params, ids_BT)
-        nll, tiles = jax.device_get((output.nll, output.tiles))
-        together = Output(nll, tiles, on_host_or_shared(output.stream), None)
+        together = Output(fetch(output.nll), output.fetch_tiles(), on_host_or_shared(output.stream), None)
         outputs += [jax.tree.map(lambda x, b=b: x[b : b + 1], together) for b in range(len(ids_BT))]
     return outputs
 

@@ -21,7 +21,6 @@ from attention.sharding import (
     Layout,
     batch_spec,
     compile_ahead,
-    fetch,
     first_device,
     place,
     shard,
@@ -83,7 +82,7 @@ def measure_length(
             length, skipped=f"needs {needed / 1e9:.1f} GB beside the weights, and {free / 1e9:.1f} are free"
         )
     ids = jnp.resize(ids, (1, length))
-    attended = attended_tiles(models["sparse"].schedule, fetch(forwards["sparse"](params, ids).tiles))
+    attended = attended_tiles(models["sparse"].schedule, forwards["sparse"](params, ids).fetch_tiles())
     density = mean_density(attended, models["sparse"].selection)
     samples = time_interleaved({name: partial(forward, params, ids) for name, forward in forwards.items()}, n_runs)
     return SweepRow(length, samples["dense"], samples["sparse"], density, peak_memory(device))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from attention.model_axis import ModelShards
-from attention.sharding import CACHE, DATA, MODEL, batch_spec, move, steps_mesh
+from attention.sharding import CACHE, DATA, MODEL, batch_spec, device_bytes, move, steps_mesh
 from weights.config import LlamaConfig
 
 KeysValues = tuple[jax.Array, jax.Array]  # of one layer
@@ -37,14 +37,12 @@ class KVCache(NamedTuple):
     @classmethod
     def empty(cls, config: LlamaConfig, batch: int, size: int, dtype: Any) -> KVCache:
         """Zeros: what is behind a sequence's last token has no weight, but must be finite."""
-        shape = (batch * config.num_key_value_heads, size, config.head_dim)
-        return cls(tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cls.shapes(config, batch, size, dtype))
 
     @staticmethod
     def bytes_needed(config: LlamaConfig, batch: int, size: int, dtype: Any) -> int:
         """Bytes of a cache of this size."""
-        per_layer = 2 * batch * config.num_key_value_heads * size * config.head_dim
-        return config.num_hidden_layers * per_layer * jnp.dtype(dtype).itemsize
+        return device_bytes(KVCache.shapes(config, batch, size, dtype))
 
 
 def join_caches(caches: Sequence[KVCache], mesh: Mesh) -> KVCache:

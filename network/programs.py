@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attention.model_axis import ModelShards
@@ -30,6 +31,7 @@ from attention.sharding import (
     Layout,
     batch_spec,
     compile_ahead,
+    fetch,
     first_device,
     jit,
     move,
@@ -64,6 +66,10 @@ class Output(NamedTuple):
     tiles: Mapping[int, jax.Array]
     stream: jax.Array
     keys_values: tuple[KeysValues, ...] | None
+
+    def fetch_tiles(self) -> dict[int, np.ndarray]:
+        """`tiles` on the host, one layer after another: no device holds those of all layers and the whole sequence."""
+        return {layer: fetch(tiles_BKQC) for layer, tiles_BKQC in self.tiles.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,29 +153,36 @@ class Forward:
 
     def fill_cache(self, output: Output, size: int, mesh: Mesh, dtype: Any) -> KVCache:
         """A cache with room for `size` tokens that holds what a forward computed, on the devices of `steps_mesh`."""
-        target = steps_mesh(mesh, output.nll.shape[0])
-
-        def arrange(x_BTKH: jax.Array) -> jax.Array:
-            x_BKTH = self.layout.collect(x_BTKH, 1)[:, : self.layout.length].swapaxes(1, 2)
-            x_ZTH = x_BKTH.reshape(-1, *x_BKTH.shape[2:]).astype(dtype)
-            return pad_axis(x_ZTH, 1, size)
-
-        every_token = batch_spec(PartitionSpec(DATA, None, MODEL), output.nll.shape[0], target)
-        arranged = jit(shard(arrange, target, every_token, batch_spec(CACHE, output.nll.shape[0], target)), target)
+        batch = output.nll.shape[0]
+        target = steps_mesh(mesh, batch)
+        every_token = batch_spec(PartitionSpec(DATA, None, MODEL), batch, target)
+        arrange = _arranging(self.layout, size, jnp.dtype(dtype), every_token, batch_spec(CACHE, batch, target), target)
         return KVCache(
             tuple(
-                tuple(arranged(move(x_BTKH, target, every_token)) for x_BTKH in keys_values)
+                tuple(arrange(move(x_BTKH, target, every_token)) for x_BTKH in keys_values)
                 for keys_values in output.keys_values
             )
         )
 
 
+@functools.cache
+def _arranging(
+    layout: Layout, size: int, dtype: Any, source: PartitionSpec, target: PartitionSpec, mesh: Mesh
+) -> Callable[[jax.Array], jax.Array]:
+    """From a layer's x_BTKH, as a forward leaves it, to a cache's x_ZSH; compiled once for all windows."""
+
+    def arrange(x_BTKH: jax.Array) -> jax.Array:
+        x_BKTH = layout.collect(x_BTKH, 1)[:, : layout.length].swapaxes(1, 2)
+        x_ZTH = x_BKTH.reshape(-1, *x_BKTH.shape[2:]).astype(dtype)
+        return pad_axis(x_ZTH, 1, size)
+
+    return jit(shard(arrange, mesh, source, target), mesh)
+
+
 class _Kind(NamedTuple):
     """What decides a layer's program: layers of one kind share it."""
 
-    mode: str
-    budgets: tuple[int, ...] | None
-    largest_budget: int | None
+    plan: LayerPlan  # without its anchor
     has_rope: bool
     crosses: bool  # whether tiles come from other shards of the model axis
     slots: int | None  # of the tiles that it reuses
@@ -231,14 +244,13 @@ class ForwardBuilder:
         slots = None if plan.anchor is None else chosen[plan.anchor].shape[-1]
         has_rope = layer not in self.model.config.no_rope_layers
         crosses = plan.mode == REUSE and self.shards.crosses(plan)
-        return _Kind(plan.mode, plan.budgets, plan.largest_budget, has_rope, crosses, slots)
+        return _Kind(_without_anchor(plan), has_rope, crosses, slots)
 
     def _layer(self, kind: _Kind) -> Callable[..., Any]:
-        plan = LayerPlan(kind.mode, budgets=kind.budgets, largest_budget=kind.largest_budget)
-        block, shards = self.model.block(plan), self.shards
+        block, shards = self.model.block(kind.plan), self.shards
 
         def run(block: Block, x_BTD: jax.Array, rope: Rope, *reused: jax.Array) -> tuple[Any, Any, Any]:
-            tiles_BKQC = shards.cut(shards.take_tiles(*reused, kind.crosses), kind.budgets) if reused else None
+            tiles_BKQC = shards.cut(shards.take_tiles(*reused, kind.crosses), kind.plan.budgets) if reused else None
             layer_rope = rope if kind.has_rope else None
             x_BTD, chosen_BKQC, keys_values = block.attend(x_BTD, layer_rope, tiles_BKQC, self.layout)
             return block.feed(x_BTD), chosen_BKQC, keys_values if self.with_cache else None
@@ -246,7 +258,7 @@ class ForwardBuilder:
         def local(params: Any, *args: Any) -> tuple[Any, Any, Any]:
             return block.apply({"params": params}, *args, method=run)
 
-        reused = (self.tiles, PartitionSpec(MODEL)) if kind.mode == REUSE else ()
+        reused = (self.tiles, PartitionSpec(MODEL)) if kind.plan.mode == REUSE else ()
         in_specs = (self.shards.specs()["params"]["layer_0"], self.rows, ROPE, *reused)
         return shard(local, self.mesh, in_specs, (self.rows, self.tiles, self.head_rows))
 
@@ -279,8 +291,7 @@ class ForwardBuilder:
         """A layer's tiles in the order of the sequence, one row of them for each KV head."""
         num_query_tiles = tile_count(self.layout.length, self.model.selection.query_tile)
         ordered = shard(lambda x: self._own_part(x, 2), self.mesh, (self.tiles,), self.tiles)
-        tiles_BKQC = self._in_order(self.shards.unique(ordered(tiles_BKQC)), 2)[:, :, :num_query_tiles]
-        return whole(tiles_BKQC, self.mesh)
+        return self._in_order(self.shards.unique(ordered(tiles_BKQC)), 2)[:, :, :num_query_tiles]
 
     def _own_part(self, x: jax.Array, axis: int) -> jax.Array:
         """Inside `jax.shard_map`, where the layout can: each shard's part of the sequence, so that none holds all."""
@@ -303,6 +314,11 @@ class ForwardBuilder:
 
     def _constrained(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec)) if self.mesh else x
+
+
+def _without_anchor(plan: LayerPlan) -> LayerPlan:
+    """What a layer does with tiles that it is given: the same for layers of different anchors."""
+    return LayerPlan(plan.mode, budgets=plan.budgets, largest_budget=plan.largest_budget)
 
 
 def _outer(inner: Mapping[str, Any]) -> dict[str, Any]:
@@ -400,7 +416,7 @@ class _Steps:
         for i, plan in enumerate(model.schedule):
             tiles_BK1C = None if plan.anchor is None else shards.attended(plan, chosen[plan.anchor])
             layer_rope = None if i in model.config.no_rope_layers else rope
-            layer = self.layer(LayerPlan(plan.mode, budgets=plan.budgets, largest_budget=plan.largest_budget))
+            layer = self.layer(_without_anchor(plan))
             args = (self.params[f"layer_{i}"], x_B1D, layer_rope, tiles_BK1C, cache.layers[i], positions_B)
             x_B1D, tiles_BK1C, cached = layer(*args)
             layers.append(cached)
