@@ -181,8 +181,8 @@ class Settings:
         "on several hosts: where process 0 is, with a free port; not on TPU pod slices and SLURM",
         metavar="HOST:PORT",
     )
-    num_processes: int | None = _flag(None, "with --coordinator: how many processes there are")
-    process_id: int | None = _flag(None, "with --coordinator: which this is, from 0; process 0 prints and writes files")
+    num_processes: int | None = _flag(None, "with --coordinator: how many processes there are, at least 1")
+    process_id: int | None = _flag(None, "with --coordinator: which this is, at least 0; process 0 prints and writes files")
     verbose: bool = _flag(False, "also print each layer's tiles")
     quiet: bool = _flag(False, "print the results alone")
     debug: bool = _flag(False, "show the traceback of an error")
