@@ -182,7 +182,7 @@ class Settings:
         metavar="HOST:PORT",
     )
     num_processes: int | None = _flag(None, "with --coordinator: how many processes there are, at least 1")
-    process_id: int | None = _flag(None, "with --coordinator: which this is, at least 0; process 0 prints and writes files")
+    process_id: int | None = _flag(None, "with --coordinator: which this is, at least 0; 0 prints and writes files")
     verbose: bool = _flag(False, "also print each layer's tiles")
     quiet: bool = _flag(False, "print the results alone")
     debug: bool = _flag(False, "show the traceback of an error")
