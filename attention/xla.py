@@ -102,29 +102,29 @@ def _score_blocks(
     def score_block(block: jax.Array, head: jax.Array, q_GRH: jax.Array) -> jax.Array:
         q_GRH = q_GRH if len(rows_R) == R else q_GRH[:, rows_R]
         G = len(q_GRH)
-        q_XH = q_GRH.reshape(-1, H)  # X rows, those of each query head one after another
-        row_X = jnp.tile(block * R + rows_R, G)
+        q_RH = q_GRH.reshape(-1, H)  # rows of each query head one after another
+        place_R = jnp.tile(block * R + rows_R, G)
 
         def step(key_block, carry, masked):
-            tops, mass_PX = carry  # of each row: its largest score in every block of keys, its mass in every tile
+            tops, mass_PR = carry  # of each row: its largest score in every block of keys, its mass in every tile
             k_WH = lax.dynamic_slice(k_ZSH, (head, key_block * R, 0), (1, R, H))[0]
-            scores = matmul("WH,XH->WX", k_WH, q_XH) * H**-0.5
+            scores = matmul("WH,RH->WR", k_WH, q_RH) * H**-0.5
             if masked:
                 key_W1 = key_block * R + jnp.arange(R)[:, None]
-                scores = jnp.where(visible(row_X[None], key_W1, selection.window), scores, UNSEEN)
+                scores = jnp.where(visible(place_R[None], key_W1, selection.window), scores, UNSEEN)
             top = scores.max(0, keepdims=True)
             mass = jnp.exp(scores - top).reshape(R // M, M, -1).sum(1)
             return (
                 lax.dynamic_update_slice_in_dim(tops, top, key_block, 0),
-                lax.dynamic_update_slice_in_dim(mass_PX, mass, key_block * (R // M), 0),
+                lax.dynamic_update_slice_in_dim(mass_PR, mass, key_block * (R // M), 0),
             )
 
-        empty = (jnp.full((S // R, len(row_X)), -jnp.inf), jnp.zeros((S // M, len(row_X))))
-        tops, mass_PX = _fold_causal(step, block, empty, R, selection.window)
-        mass_PX *= jnp.repeat(jnp.exp(tops - tops.max(0, keepdims=True)), R // M, axis=0)
-        share_X = jnp.where(row_X < layout.length, 1 / mass_PX.sum(0), 0)  # rows of padding choose nothing
-        share_PX = mass_PX * share_X[None]
-        scores_PQ = share_PX.reshape(S // M, G, Q, -1).sum((1, 3))[:num_tiles]
+        empty = (jnp.full((S // R, len(place_R)), -jnp.inf), jnp.zeros((S // M, len(place_R))))
+        tops, mass_PR = _fold_causal(step, block, empty, R, selection.window)
+        mass_PR *= jnp.repeat(jnp.exp(tops - tops.max(0, keepdims=True)), R // M, axis=0)
+        share_R = jnp.where(place_R < layout.length, 1 / mass_PR.sum(0), 0)  # rows of padding choose nothing
+        share_PR = mass_PR * share_R[None]
+        scores_PQ = share_PR.reshape(S // M, G, Q, -1).sum((1, 3))[:num_tiles]
         return finish(scores_PQ.T, block * Q + jnp.arange(Q))
 
     by_block = _map_heads(score_block, layout.local_blocks(), q_BTNH, K)  # [B, K, J, Q, C or P]
@@ -150,11 +150,11 @@ def reuse(
         index_C = head * P + jnp.where(used_C1[:, 0], tiles_C, 0)
         k_WH, v_WH = (x.at[index_C].get(mode="promise_in_bounds").reshape(C * M, H) for x in (k_tiles, v_tiles))
         key_W = jnp.where(used_C1, tiles_C[:, None] * M + jnp.arange(M)[None], NO_TILE).reshape(-1)
-        row_X = jnp.tile(query_tile * Y + jnp.arange(Y), len(q_GRH))  # the rows of each query head one after another
-        scores = matmul("XH,WH->XW", q_GRH.reshape(-1, H), k_WH) * H**-0.5
-        scores = jnp.where(visible(row_X[:, None], key_W[None], selection.window), scores, -jnp.inf)
+        place_R = jnp.tile(query_tile * Y + jnp.arange(Y), len(q_GRH))  # the rows of each query head one after another
+        scores = matmul("RH,WH->RW", q_GRH.reshape(-1, H), k_WH) * H**-0.5
+        scores = jnp.where(visible(place_R[:, None], key_W[None], selection.window), scores, -jnp.inf)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        out = matmul("XW,WH->XH", weights.astype(v_WH.dtype), v_WH)
+        out = matmul("RW,WH->RH", weights.astype(v_WH.dtype), v_WH)
         return (out / weights.sum(-1, keepdims=True)).reshape(q_GRH.shape).astype(q_GRH.dtype)
 
     at_once = max(KEYS_AT_ONCE // (C * M), 1)

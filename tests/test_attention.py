@@ -398,6 +398,22 @@ def test_the_future_changes_no_earlier_bit(kind, kernel, shape):
     assert not kept(same[:, cut:], axis=(0, 2, 3)).any()
 
 
+@pytest.mark.parametrize("kind", ["dense", "reuse"])
+def test_no_loop_converts_all_of_a_bfloat16_output(kind):
+    """XLA's CPU compiler would, in every step, if it were told to write bfloat16: quadratic in the length."""
+    T, N, K, H, selection = 1024, 4, 2, 16, Selection(top_k=4)
+    shapes = ((1, T, N, H), (1, K, H, T), (1, K, T, H))
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    function = functools.partial(attention.dense, layout=Layout.of(T, 16))
+    if kind == "reuse":
+        args.append(jax.ShapeDtypeStruct((1, K, T // 16, 4), jnp.int32))
+        function = functools.partial(attention.reuse, selection=selection, layout=Layout.of(T, 16))
+    program = compile_ahead(function, args).as_text()
+    written = re.findall(r"= (\w+)\[([\d,]+)\]\S* dynamic-update-slice\(", program)
+    outputs = {dtype for dtype, shape in written if math.prod(map(int, shape.split(","))) == T * N * H}
+    assert outputs == {"u16"}
+
+
 @pytest.mark.parametrize(("kernel", "shape"), ONE_SHAPE)
 def test_rows_of_padding_choose_nothing(kernel, shape):
     """The last tile, most of it padding of any content, chooses what its real rows choose."""
