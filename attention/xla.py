@@ -51,8 +51,11 @@ def dense(
     def attend(block: jax.Array, head: jax.Array, q_GRH: jax.Array) -> jax.Array:
         def step(key_block, carry, masked):
             top, total, out = carry
-            scores = _block_scores(q_GRH, k_ZHS, head, key_block, R)
-            scores = _mask(scores, block, jnp.arange(R), key_block, window) if masked else scores
+            k_HW = lax.dynamic_slice(k_ZHS, (head, 0, key_block * R), (1, H, R))[0]
+            scores = matmul("GRH,HW->GRW", q_GRH, k_HW) * H**-0.5
+            if masked:
+                row_R1, key_1W = block * R + jnp.arange(R)[:, None], key_block * R + jnp.arange(R)[None]
+                scores = jnp.where(visible(row_R1, key_1W, window)[None], scores, UNSEEN)
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -173,8 +176,8 @@ def _map_heads(
         for head in range(B * K):
           out[block, head] = attend(block, head, q of this block and this head's group, each `more` at [b, k, block])
 
-    One head at a time keeps a block's scores in a core's cache; `at_once` runs up to that many steps together. Returns
-    [B, K, J, ...].
+    One head at a time keeps a block's scores in a core's cache; `at_once` runs up to that many steps together.
+    Returns [B, K, J, ...].
     """
     B, T, N, H = q_BTNH.shape
     J, K = len(blocks_J), num_kv_heads
@@ -222,18 +225,3 @@ def _fold_causal(
     first = 0 if window is None else jnp.maximum(block * width - window + 1, 0) // width
     carry = lax.fori_loop(first, block, lambda key_block, carry: step(key_block, carry, window is not None), carry)
     return step(block, carry, True)
-
-
-def _mask(
-    scores_GRW: jax.Array, block: jax.Array, rows_R: jax.Array, key_block: jax.Array, window: int | None
-) -> jax.Array:
-    """The scores of rows of one block of queries with a block of keys, UNSEEN where a row does not see the key."""
-    W = scores_GRW.shape[-1]
-    row_R1, key_1W = block * W + rows_R[:, None], key_block * W + jnp.arange(W)[None]
-    return jnp.where(visible(row_R1, key_1W, window)[None], scores_GRW, UNSEEN)
-
-
-def _block_scores(q_GRH: jax.Array, k_ZHS: jax.Array, head: jax.Array, key_block: jax.Array, width: int) -> jax.Array:
-    """Scaled logits of one head's queries with one block of its keys, float32 [G, R, width]."""
-    k_HW = lax.dynamic_slice(k_ZHS, (head, 0, key_block * width), (1, k_ZHS.shape[1], width))[0]
-    return matmul("GRH,HW->GRW", q_GRH, k_HW) * q_GRH.shape[-1] ** -0.5

@@ -69,7 +69,7 @@ class Output(NamedTuple):
 
     def fetch_tiles(self) -> dict[int, np.ndarray]:
         """`tiles` on the host, one layer after another: no device holds those of all layers and the whole sequence."""
-        return {layer: fetch(tiles_BKQC) for layer, tiles_BKQC in self.tiles.items()}
+        return fetch(self.tiles)
 
 
 @dataclasses.dataclass(frozen=True)
