@@ -244,6 +244,15 @@ def queue(call: Callable[..., Any], inputs: Sequence[Sequence[jax.Array]], calls
     return result
 
 
+def queue_calls(program: Callable[..., Any], inputs: Sequence[Sequence[Any]]) -> tuple[Callable[[], Any], int]:
+    """A turn of a timed program, and how many calls it is; on a CPU one, whose calls would run side by side."""
+    start = time.perf_counter()
+    jax.block_until_ready(program(*inputs[0]))
+    seconds = time.perf_counter() - start
+    calls = 1 if jax.default_backend() == "cpu" else max(1, math.ceil(QUEUE_SECONDS / seconds))
+    return partial(queue, program, inputs, calls), calls
+
+
 def time_programs(case: AttentionCase, n_runs: int) -> tuple[dict[str, list[float]], np.ndarray, str]:
     """Milliseconds of a call of each program, the tiles of reuse, and the programs' errors in words."""
     qkv = case.inputs(0)
@@ -251,16 +260,12 @@ def time_programs(case: AttentionCase, n_runs: int) -> tuple[dict[str, list[floa
     tiles = programs[ANCHORS[EXACT]](*qkv)[1]
     programs |= case.compile(qkv, tiles)
     exactness = check_programs(case, qkv, programs, tiles)
-    on_cpu = jax.default_backend() == "cpu"  # its calls are too long to need a queue, and would run side by side
-    num_sets = 1 if on_cpu else max(2, math.ceil(CACHE_BYTES / case.bytes))
+    num_sets = 1 if jax.default_backend() == "cpu" else max(2, math.ceil(CACHE_BYTES / case.bytes))
     sets = [qkv, *(case.inputs(seed) for seed in range(1, num_sets))]
     turns, calls = {}, {}
     for name, program in programs.items():
         inputs = [(*qkv, tiles) for qkv in sets] if name == "reuse" else sets
-        start = time.perf_counter()
-        jax.block_until_ready(program(*inputs[0]))
-        calls[name] = 1 if on_cpu else max(1, math.ceil(QUEUE_SECONDS / (time.perf_counter() - start)))
-        turns[name] = partial(queue, program, inputs, calls[name])
+        turns[name], calls[name] = queue_calls(program, inputs)
     samples = time_interleaved(turns, n_runs)
     times = {name: [ms / calls[name] for ms in turn] for name, turn in samples.items()}
     return times, np.asarray(tiles), exactness
