@@ -12,7 +12,9 @@ of padding, and reads W keys in a step.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from attention.gpu import LEAST, LEAST_ROWS, LOG2_E, on_gpu_or_interpreted
-from kascade_core import NO_TILE, Selection, select_tiles, tile_count, visible
+from kascade_core import EXACT, NO_TILE, Selection, select_tiles, tile_count, visible
 
 KEYS = 64  # read in one step
 SCORE_KEYS = 128  # of a program that scores: a whole tile of any size
@@ -44,12 +46,12 @@ class _Step:
     steps: int  # of one part
 
     @classmethod
-    def of(cls, K: int, q_ZGH: jax.Array, k_ZSH: jax.Array, slots: int | None, M: int, window: int | None) -> _Step:
-        (Z, G, _), S = q_ZGH.shape, k_ZSH.shape[1]
-        blocks = tile_count(S if slots is None else slots * M, KEYS)
+    def of(cls, q_BNH: jax.Array, k_ZSH: jax.Array, slots: int | None, tile_size: int, window: int | None) -> _Step:
+        (B, N, _), (Z, S, _) = q_BNH.shape, k_ZSH.shape
+        blocks = tile_count(S if slots is None else slots * tile_size, KEYS)
         parts = min(max(PROGRAMS // Z, 1), blocks)
-        R = max(pl.next_power_of_2(G), LEAST_ROWS)
-        return cls(K, G, S, slots, M, R, window, parts, tile_count(blocks, parts))
+        rows = max(pl.next_power_of_2(B * N // Z), LEAST_ROWS)
+        return cls(Z // B, B * N // Z, S, slots, tile_size, rows, window, parts, tile_count(blocks, parts))
 
 
 def dense_step(
@@ -68,10 +70,7 @@ def reuse_step(
     selection: Selection,
 ) -> jax.Array:
     """As `attention.decode.reuse_step`."""
-    in_step = max(KEYS // selection.tile_size, 1)
     tiles_ZC = tiles_BK1C.reshape(k_ZSH.shape[0], -1)
-    slots = tile_count(tiles_ZC.shape[1], in_step) * in_step
-    tiles_ZC = jnp.pad(tiles_ZC, [(0, 0), (0, slots - tiles_ZC.shape[1])], constant_values=NO_TILE)
     return _attend(q_BNH, k_ZSH, v_ZSH, positions_B, tiles_ZC, selection.tile_size, selection.window)
 
 
@@ -85,15 +84,12 @@ def _attend(
     window: int | None,
 ) -> jax.Array:
     Z, _, H = k_ZSH.shape
-    q_ZGH = q_BNH.reshape(Z, -1, H).astype(k_ZSH.dtype)
-    sizes = _Step.of(
-        Z // q_BNH.shape[0], q_ZGH, k_ZSH, None if tiles_ZC is None else tiles_ZC.shape[1], tile_size, window
-    )
+    sizes = _Step.of(q_BNH, k_ZSH, None if tiles_ZC is None else tiles_ZC.shape[1], tile_size, window)
     tiles = jnp.zeros(1, jnp.int32) if tiles_ZC is None else tiles_ZC.reshape(-1)
     rows = Z * sizes.parts * sizes.G
     shapes = [(rows, H), (rows,), (rows,)]
 
-    def attend(interpret: bool):
+    def attend(interpret: bool) -> Callable[..., Any]:
         return pl.pallas_call(
             partial(_attend_kernel, sizes=sizes),
             grid=(sizes.parts, Z),
@@ -103,7 +99,7 @@ def _attend(
             name="kascade_attend_step",
         )
 
-    arrays = [q_ZGH.reshape(-1, H), k_ZSH.reshape(-1, H), v_ZSH.reshape(-1, H)]
+    arrays = [x.reshape(-1, H) for x in (q_BNH.astype(k_ZSH.dtype), k_ZSH, v_ZSH)]
     out, top, total = on_gpu_or_interpreted(attend)(positions_B, tiles, *arrays)
     shape = (Z, sizes.parts, sizes.G)
     out, top, total = out.reshape(*shape, H), top.reshape(*shape, 1), total.reshape(*shape, 1)
@@ -154,12 +150,10 @@ def _attend_kernel(positions_ref, tiles_ref, q_ref, k_ref, v_ref, out_ref, top_r
 def choose_step(q_BNH: jax.Array, k_ZSH: jax.Array, positions_B: jax.Array, selection: Selection) -> jax.Array:
     """tiles_BK1C, as `attention.decode.choose_step`."""
     (Z, S, H), B, M = k_ZSH.shape, q_BNH.shape[0], selection.tile_size
-    q_ZGH = q_BNH.reshape(Z, -1, H).astype(k_ZSH.dtype)
-    G, blocks = q_ZGH.shape[1], tile_count(S, SCORE_KEYS)
-    sizes = _Step(Z // B, G, S, None, M, max(pl.next_power_of_2(G), LEAST_ROWS), selection.window, blocks, 1)
+    sizes, blocks = _Step.of(q_BNH, k_ZSH, None, M, selection.window), tile_count(S, SCORE_KEYS)
     shapes = [(Z * blocks * (SCORE_KEYS // M), sizes.R), (Z * blocks, sizes.R)]
 
-    def score(interpret: bool):
+    def score(interpret: bool) -> Callable[..., Any]:
         return pl.pallas_call(
             partial(_score_kernel, sizes=sizes),
             grid=(blocks, Z),
@@ -173,12 +167,12 @@ def choose_step(q_BNH: jax.Array, k_ZSH: jax.Array, positions_B: jax.Array, sele
             name="kascade_score_step",
         )
 
-    run = on_gpu_or_interpreted(score)
-    mass, top = run(positions_B, q_ZGH.reshape(-1, H), k_ZSH.reshape(-1, H))
-    top = top.reshape(Z, blocks, 1, sizes.R)[..., :G]
-    mass = mass.reshape(Z, blocks, -1, sizes.R)[..., :G] * jnp.exp2(top - top.max((1, 2), keepdims=True))
+    arrays = [x.reshape(-1, H) for x in (q_BNH.astype(k_ZSH.dtype), k_ZSH)]
+    mass, top = on_gpu_or_interpreted(score)(positions_B, *arrays)
+    top = top.reshape(Z, blocks, 1, sizes.R)[..., : sizes.G]
+    mass = mass.reshape(Z, blocks, -1, sizes.R)[..., : sizes.G] * jnp.exp2(top - top.max((1, 2), keepdims=True))
     mass_ZP = (mass / mass.sum((1, 2), keepdims=True)).sum(-1).reshape(Z, -1)[:, : S // M]
-    rule = dataclasses.replace(selection, query_tile=1, anchor_scoring="exact")
+    rule = dataclasses.replace(selection, query_tile=1, anchor_scoring=EXACT)
     return jax.vmap(lambda mass_K1P, position: select_tiles(mass_K1P, rule, position[None]))(
         mass_ZP.reshape(B, Z // B, 1, S // M), positions_B
     )
