@@ -219,10 +219,11 @@ def quality(quality: Quality, settings: Any) -> str:
     ]
     selection = settings.selection
     if selection.density is not None and not settings.load_schedule:
-        least = f", at least {selection.min_tiles} tiles" if selection.min_tiles else ""
+        least = f", at least {selection.min_tiles} tiles," if selection.min_tiles else ""
         lines.append(
-            f"                      (asked for {selection.density:.0%}{least} in sparse layers: layer 0 is dense, and\n"
-            "                      own, sink and local tiles are always kept)"
+            f"                      (asked for {selection.density:.0%}{least} in sparse layers: dense\n"
+            "                      layers count too, and own, sink and local tiles are\n"
+            "                      always kept)"
         )
     lines += [
         "   (Rows of one query tile share their choice of tiles: later rows help to",
