@@ -221,9 +221,9 @@ def quality(quality: Quality, settings: Any) -> str:
     if selection.density is not None and not settings.load_schedule:
         least = f", at least {selection.min_tiles} tiles," if selection.min_tiles else ""
         lines.append(
-            f"                      (asked for {selection.density:.0%}{least} in sparse layers: dense\n"
-            "                      layers count too, and own, sink and local tiles are\n"
-            "                      always kept)"
+            f"                      (asked for {selection.density:.0%}{least} in sparse layers:\n"
+            "                      dense layers count too, and own, sink and local tiles\n"
+            "                      are always kept)"
         )
     lines += [
         "   (Rows of one query tile share their choice of tiles: later rows help to",
@@ -523,9 +523,7 @@ def task_row(row: TaskRow) -> str:
     ]
     if not row.discriminative:
         lines.append(f"  not discriminative: dense is not clearly above chance ({row.chance:.1g}), or n is small")
-    lines += [
-        f"  ⚠️  {suspicion} significantly (p < 0.05): by chance, or a bug" for suspicion in row.suspicions
-    ]
+    lines += [f"  ⚠️  {suspicion} significantly (p < 0.05): by chance, or a bug" for suspicion in row.suspicions]
     return "\n".join(lines)
 
 
