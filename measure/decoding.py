@@ -28,7 +28,7 @@ from network.programs import Decoded, Decoder, Forward, Output
 from report.results import Decoding, DepthRow, Generated
 
 CACHE_DTYPE = {"cpu": "float32"}  # XLA's CPU reads keys in bfloat16 no faster; elsewhere the run's own dtype
-TIMED_STEPS = 16  # tokens in one timed pass over a window's, at most
+TIMED_STEPS = 8  # tokens in one timed pass over a window's, at most
 DEPTH_STEPS = 4  # the same in the table of depths
 SPARE_MEMORY = 0.9  # of the free memory, that a cache may take
 KEPT_MEMORY = 0.125  # of the free memory, that the prefills' keys and values may take until they are decoded with
@@ -325,14 +325,15 @@ def keeping_all(model: LlamaModel, size: int) -> LlamaModel:
 
 
 def random_cache(config: Any, batch: int, size: int, dtype: Any, mesh: Mesh) -> KVCache:
-    """Normally distributed keys and values; the same in every layer's shape, but not the same arrays."""
-    rng = np.random.default_rng(0)
+    """Normally distributed keys and values, those of every layer the same numbers in memory of their own."""
     shapes = KVCache.shapes(config, batch, size, dtype, mesh)
+    rng, array = np.random.default_rng(0), shapes.layers[0][0]
+    drawn = [rng.standard_normal(array.shape, np.float32).astype(array.dtype) for _ in range(2)]
 
-    def random(x: jax.ShapeDtypeStruct) -> jax.Array:
-        return place(rng.standard_normal(x.shape, np.float32).astype(x.dtype), mesh, x.sharding.spec)
+    def placed(numbers: np.ndarray) -> jax.Array:
+        return place(numbers.copy(), mesh, array.sharding.spec)  # a CPU's device would share what it is given
 
-    return jax.tree.map(random, shapes)
+    return KVCache(tuple(tuple(map(placed, drawn)) for _ in shapes.layers))
 
 
 # --- Greedy continuations ---
