@@ -5,8 +5,9 @@ each new token: keys at 0 to positions_B are attended to, whatever lies behind t
 row helps to choose for another; otherwise tiles are chosen as in prefill. Scores, softmax and sums are float32, and so
 is the output. Letters as in kascade_core.
 
-`kernel` is a name of `attention.KERNELS`. With "pallas_tpu" dense and reuse steps are JAX's paged attention on a TPU
-(`check` says which sizes it takes); in every other case, and for anchors, they are XLA's.
+`kernel` is a name of `attention.KERNELS`. With "pallas_tpu" dense and reuse steps are JAX's paged attention on a TPU,
+and anchors' are XLA's; with "pallas_gpu" all are kernels of this project on a GPU. `check` says which sizes they take.
+In every other case, and on other devices, steps are XLA's.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attention import tpu
+from attention import gpu, gpu_decode, tpu
 from attention.xla import UNSEEN, matmul
 from errors import UnsupportedError
 from kascade_core import EXACT, NO_TILE, Selection, select_tiles, visible
 
-PAGED = "pallas_tpu"
+PAGED, ON_GPU = "pallas_tpu", "pallas_gpu"
+STEPS = {PAGED: ("tpu", tpu), ON_GPU: ("cuda", gpu_decode)}  # the platform and the module of each kernel's steps
 
 
 def step_selection(selection: Selection) -> Selection:
@@ -42,6 +44,8 @@ def check(kernel: str | None, selection: Selection, cache_shape: tuple[int, int,
         raise UnsupportedError("the TPU's paged attention has no sliding window")
     if kernel == PAGED:
         tpu.check_step(selection, cache_shape, dtype)
+    if kernel == ON_GPU:
+        gpu.check(selection, cache_shape[1], cache_shape[2], dtype)
 
 
 def dense_step(
@@ -55,9 +59,11 @@ def dense_step(
     """Attention to every key up to the new token's own, within the window. Returns out_BNH, float32."""
     args = (q_BNH, k_ZSH, v_ZSH, positions_B)
     xla = partial(_dense_step, window=window)
-    if kernel == PAGED:
-        return jax.lax.platform_dependent(*args, tpu=tpu.dense_step, default=xla)
-    return xla(*args)
+    if kernel not in STEPS:
+        return xla(*args)
+    platform, module = STEPS[kernel]
+    own = module.dense_step if window is None else partial(module.dense_step, window=window)
+    return jax.lax.platform_dependent(*args, **{platform: own, "default": xla})
 
 
 def _dense_step(
@@ -68,14 +74,27 @@ def _dense_step(
 
 
 def choose_step(
-    q_BNH: jax.Array, k_ZSH: jax.Array, positions_B: jax.Array, selection: Selection
-) -> tuple[jax.Array, jax.Array]:
+    q_BNH: jax.Array, k_ZSH: jax.Array, positions_B: jax.Array, selection: Selection, kernel: str | None = None
+) -> tuple[jax.Array, jax.Array | None]:
     """An anchor's choice: the tiles with the most attention mass of the new token's row, pooled over a KV head's rows.
 
     Returns:
       tiles_BK1C, as `kascade_core.select_tiles` with one query tile, and the scaled, causal scores_ZGS, from which
-      `anchor_step` attends without reading a key twice.
+      `anchor_step` attends without reading a key twice. On a GPU, where a tenth of the keys is read again sooner than
+      all scores are written, there are none: the anchor attends as a REUSE layer does.
     """
+    if kernel == ON_GPU:
+        args = (q_BNH, k_ZSH, positions_B)
+        own = partial(gpu_decode.choose_step, selection=selection)
+        return jax.lax.platform_dependent(
+            *args, cuda=own, default=lambda *args: _choose_step(*args, selection)[0]
+        ), None
+    return _choose_step(q_BNH, k_ZSH, positions_B, selection)
+
+
+def _choose_step(
+    q_BNH: jax.Array, k_ZSH: jax.Array, positions_B: jax.Array, selection: Selection
+) -> tuple[jax.Array, jax.Array]:
     (Z, S, _), B, M = k_ZSH.shape, q_BNH.shape[0], selection.tile_size
     scores_ZGS = _causal_scores(q_BNH, k_ZSH, positions_B, selection.window)
 
@@ -114,10 +133,11 @@ def reuse_step(
 ) -> jax.Array:
     """Attention to the given tiles alone: no other key or value is read. Returns out_BNH, float32."""
     args = (q_BNH, k_ZSH, v_ZSH, positions_B, tiles_BK1C)
-    if kernel == PAGED:
-        paged, plain = (partial(step, selection=selection) for step in (tpu.reuse_step, _reuse_step))
-        return jax.lax.platform_dependent(*args, tpu=paged, default=plain)
-    return _reuse_step(*args, selection)
+    if kernel not in STEPS:
+        return _reuse_step(*args, selection)
+    platform, module = STEPS[kernel]
+    own, xla = (partial(step, selection=selection) for step in (module.reuse_step, _reuse_step))
+    return jax.lax.platform_dependent(*args, **{platform: own, "default": xla})
 
 
 def _reuse_step(

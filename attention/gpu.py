@@ -38,7 +38,7 @@ LEAST_CAPABILITY = 8.0  # needed by cuDNN's fused attention and by matrix instru
 ROWS = 128  # of one program at most: two warpgroups' worth of matrix instructions
 LEAST_ROWS = 16  # of a matrix instruction
 SHARED_ROWS = 64  # scoring puts query tiles together up to this many rows: they read the same keys
-REUSE_KEYS = 64  # in one step: keys and values of several steps fit into shared memory
+REUSE_KEYS = 128  # in one step: keys and values of two steps fit into shared memory
 SCORE_KEYS = 128  # in one step: a whole tile of any size
 SCRATCH_BYTES = 2**29  # of scoring, for one chunk: at 128k tokens some hundreds of programs, as many as an H100 runs
 LEAST = -1e30  # the least value of a row's largest score: finite, since a whole block of its scores may be masked
@@ -131,12 +131,12 @@ def reuse(
             partial(_reuse_kernel, sizes=sizes),
             grid=(rows // sizes.R, sizes.Q, B * K),
             out_shape=jax.ShapeDtypeStruct((B * T * N, H), q_BTNH.dtype),
-            compiler_params=plgpu.CompilerParams(num_warps=_warps(sizes.R), num_stages=3),
+            compiler_params=plgpu.CompilerParams(num_warps=_warps(sizes.R), num_stages=2),
             interpret=interpret,
             name="kascade_reuse",
         )
 
-    run = _on_gpu_or_interpreted(attend)
+    run = on_gpu_or_interpreted(attend)
     first_Q = layout.local_positions()[::Y]
     out = run(first_Q, used_BKQ1.reshape(-1), tiles_BKQC.reshape(-1), q_BTNH.reshape(B * T * N, H), keys, values)
     return out.reshape(B, T, N, H)
@@ -155,19 +155,29 @@ def _reuse_kernel(first_ref, used_ref, tiles_ref, q_ref, k_ref, v_ref, out_ref, 
     scale = LOG2_E * q_RH.shape[-1] ** -0.5
     query_tile = z * sizes.Q + i
 
+    def block(c):
+        """Places of W keys, in memory and in the sequence, and which are chosen; a long tile is read as one piece."""
+        if M < W:
+            slot = c * W + jnp.arange(W)  # of a key among the chosen ones
+            tile = tiles_ref[query_tile * sizes.C + lax.div(slot, M)]
+            chosen = tile != NO_TILE
+            key = jnp.where(chosen, tile, 0) * M + lax.rem(slot, M)
+            return z * sizes.S + key, key, chosen
+        tile = tiles_ref[query_tile * sizes.C + lax.div(c, M // W)]  # used slots alone are read
+        start = tile * M + lax.rem(c, M // W) * W
+        return pl.ds(z * sizes.S + start, W), start + jnp.arange(W), True
+
     def step(c, carry, masked):
         top, total, out = carry
-        slot = c * W + jnp.arange(W)  # of a key among the chosen ones
-        tile = tiles_ref[query_tile * sizes.C + lax.div(slot, M)]
-        chosen = tile != NO_TILE
-        key = jnp.where(chosen, tile, 0) * M + lax.rem(slot, M)
-        scores = plgpu.dot(q_RH, k_ref[z * sizes.S + key, :], trans_b=True)
+        place, key, chosen = block(c)
+        scores = plgpu.dot(q_RH, k_ref[place, :], trans_b=True)
         if masked:
-            scores = jnp.where(chosen[None] & visible(position_R1, key[None], sizes.window), scores, -jnp.inf)
+            seen = visible(position_R1, key[None], sizes.window)
+            scores = jnp.where(seen if M >= W else seen & chosen[None], scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1) * scale)
         weights = jnp.exp2(scores * scale - new_top[:, None])
         shrink = jnp.exp2(top - new_top)
-        values = plgpu.dot(weights.astype(v_ref.dtype), v_ref[z * sizes.S + key, :])
+        values = plgpu.dot(weights.astype(v_ref.dtype), v_ref[place, :])
         return new_top, total * shrink + weights.sum(-1), out * shrink[:, None] + values
 
     used = used_ref[query_tile]
@@ -278,7 +288,7 @@ def _score_chunk(sizes: _Score, *inputs: jax.Array) -> Callable[[jax.Array], Any
             name="kascade_score",
         )
 
-    return lambda base: _on_gpu_or_interpreted(score)(base[None], *inputs)
+    return lambda base: on_gpu_or_interpreted(score)(base[None], *inputs)
 
 
 def _score_kernel(
@@ -346,6 +356,6 @@ def _warps(rows: int) -> int:
     return 8 if rows >= ROWS else 4
 
 
-def _on_gpu_or_interpreted(make: Callable[[bool], Callable[..., Any]]) -> Callable[..., Any]:
+def on_gpu_or_interpreted(make: Callable[[bool], Callable[..., Any]]) -> Callable[..., Any]:
     """make(interpret): compiled where the program is lowered for CUDA, interpreted elsewhere."""
     return lambda *args: lax.platform_dependent(*args, cuda=make(False), default=make(True))

@@ -1,11 +1,12 @@
 """How fast are anchor and reuse attention beside the device's best dense attention, for one layer of a real shape?
 
 Random inputs, one device; Top-K is a share of the causal tiles and grows with the position, as in the paper. Dense is
-cuDNN's on a GPU. Before a length is timed, the output of each program is compared with float32 on the first, the last
-and some other query tiles. Then the programs are timed in turns. On an accelerator a turn is a queue of calls, whose
-inputs alternate between copies that together exceed its cache; the time of a call is the queue's over its calls. All
-programs take inputs as the model's layers have them, and reorder keys and values themselves. The weighted speedup is
-that of a model of 1 dense, 4 anchor and 27 reuse layers over one of 32 dense layers.
+cuDNN's on a GPU; FlashAttention-3 is timed beside it where `flash-attn3-jax` is installed (Hopper, width 128). Before a
+length is timed, the output of each program is compared with float32 on the first, the last and some other query tiles.
+Then the programs are timed in turns. On an accelerator a turn is a queue of calls, whose inputs alternate between
+copies that together exceed its cache; the time of a call is the queue's over its calls. All programs take inputs as the
+model's layers have them, and reorder keys and values themselves. The weighted speedup is that of a model of 1 dense, 4
+anchor and 27 reuse layers over one of 32 dense layers.
 
   python -m bench.attention --shape llama3.1-8b --seq_len 8192,32768,131072 --markdown table.md
 """
@@ -19,6 +20,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import importlib.util
 import math
 import statistics
 import sys
@@ -48,6 +50,7 @@ CEILING_SIZES = {"cpu": (1024, 2**24), "accelerator": (8192, 2**28)}  # a produc
 QUEUE_SECONDS = 0.05  # a queue so long that starting it costs nothing
 CHECKED_TILES = 4
 LOST_MASS = 1e-3  # of the best tiles' attention mass: near ties may cost so much
+FLASH = "dense, FlashAttention-3"
 ANCHORS = {EXACT: "anchor, exact scoring", FAST: "anchor, fast scoring"}
 
 
@@ -85,9 +88,20 @@ class AttentionCase:
             reuse = partial(attention.reuse, selection=self.selection, kernel=self.kernel)
             return {"reuse": compile_ahead(reuse, (*qkv, tiles))}
         programs = {"dense": partial(attention.dense, kernel=self.dense_kernel)}
+        if module := flash_attention(self.heads[2]):
+            programs[FLASH] = lambda q, k, v: module.flash_mha(
+                q, k.transpose(0, 3, 1, 2), v.swapaxes(1, 2), is_causal=True
+            )
         for scoring, name in ANCHORS.items():
             programs[name] = partial(attention.anchor, selection=self.scored_by(scoring), kernel=self.kernel)
         return {name: compile_ahead(program, qkv) for name, program in programs.items()}
+
+
+def flash_attention(head_dim: int) -> Any:
+    """The module of FlashAttention-3 if it is installed, there is a GPU, and it takes heads of this width; or None."""
+    if jax.default_backend() != "gpu" or head_dim != 128 or not importlib.util.find_spec("flash_attn3_jax"):
+        return None
+    return importlib.import_module("flash_attn3_jax")
 
 
 # --- Correctness ---
@@ -151,7 +165,8 @@ def check_programs(
     """
     reference = compile_reference(case, qkv)
     results = {name: program(*qkv) for name, program in programs.items() if name != "reuse"}
-    outputs = {"dense": (results["dense"], None), "reuse": (programs["reuse"](*qkv, tiles), tiles)}
+    outputs = {name: (results[name], None) for name in results if name not in ANCHORS.values()}
+    outputs |= {"reuse": (programs["reuse"](*qkv, tiles), tiles)}
     outputs |= {name: results[name] for name in ANCHORS.values()}
     Q = case.length // case.selection.query_tile
     query_tiles = sorted({*np.linspace(0, Q - 1, CHECKED_TILES).astype(int).tolist()})
@@ -218,7 +233,7 @@ def count_flops(case: AttentionCase, causal_pairs: float, chosen_pairs: float) -
     causal, chosen = (4 * N * H * pairs for pairs in (causal_pairs, chosen_pairs))
     fast = len(case.scored_by(FAST).scored_rows()) / case.selection.query_tile
     anchors = {ANCHORS[EXACT]: causal / 2 + chosen, ANCHORS[FAST]: causal / 2 * fast + chosen}
-    return {"dense": causal, **anchors, "reuse": chosen}
+    return {"dense": causal, FLASH: causal, **anchors, "reuse": chosen}
 
 
 def queue(call: Callable[..., Any], inputs: Sequence[Sequence[jax.Array]], calls: int) -> Any:
@@ -229,6 +244,15 @@ def queue(call: Callable[..., Any], inputs: Sequence[Sequence[jax.Array]], calls
     return result
 
 
+def queue_calls(program: Callable[..., Any], inputs: Sequence[Sequence[Any]]) -> tuple[Callable[[], Any], int]:
+    """A turn of a timed program, and how many calls it is; on a CPU one, whose calls would run side by side."""
+    start = time.perf_counter()
+    jax.block_until_ready(program(*inputs[0]))
+    seconds = time.perf_counter() - start
+    calls = 1 if jax.default_backend() == "cpu" else max(1, math.ceil(QUEUE_SECONDS / seconds))
+    return partial(queue, program, inputs, calls), calls
+
+
 def time_programs(case: AttentionCase, n_runs: int) -> tuple[dict[str, list[float]], np.ndarray, str]:
     """Milliseconds of a call of each program, the tiles of reuse, and the programs' errors in words."""
     qkv = case.inputs(0)
@@ -236,16 +260,12 @@ def time_programs(case: AttentionCase, n_runs: int) -> tuple[dict[str, list[floa
     tiles = programs[ANCHORS[EXACT]](*qkv)[1]
     programs |= case.compile(qkv, tiles)
     exactness = check_programs(case, qkv, programs, tiles)
-    on_cpu = jax.default_backend() == "cpu"  # its calls are too long to need a queue, and would run side by side
-    num_sets = 1 if on_cpu else max(2, math.ceil(CACHE_BYTES / case.bytes))
+    num_sets = 1 if jax.default_backend() == "cpu" else max(2, math.ceil(CACHE_BYTES / case.bytes))
     sets = [qkv, *(case.inputs(seed) for seed in range(1, num_sets))]
     turns, calls = {}, {}
     for name, program in programs.items():
         inputs = [(*qkv, tiles) for qkv in sets] if name == "reuse" else sets
-        start = time.perf_counter()
-        jax.block_until_ready(program(*inputs[0]))
-        calls[name] = 1 if on_cpu else max(1, math.ceil(QUEUE_SECONDS / (time.perf_counter() - start)))
-        turns[name] = partial(queue, program, inputs, calls[name])
+        turns[name], calls[name] = queue_calls(program, inputs)
     samples = time_interleaved(turns, n_runs)
     times = {name: [ms / calls[name] for ms in turn] for name, turn in samples.items()}
     return times, np.asarray(tiles), exactness
@@ -279,7 +299,8 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _spread(values: Sequence[float], form: Callable[[float], str] = _number) -> str:
+def spread_of(values: Sequence[float], form: Callable[[float], str] = _number) -> str:
+    """Median [min, max]."""
     return f"{form(statistics.median(values))} [{form(min(values))}, {form(max(values))}]"
 
 
@@ -291,24 +312,32 @@ def format_case(case: AttentionCase, times: dict[str, list[float]], tiles_BKQC: 
     for name, samples in times.items():
         seconds = statistics.median(samples) / 1e3
         ratios = [ours / dense for ours, dense in zip(samples, times["dense"])]
-        cells = [f"{case.length}", name, "100%" if name == "dense" else f"{chosen / causal:.1%}"]
-        cells += [_spread(samples, "{:.4g}".format), _spread(ratios, "{:.3f}".format)]
+        cells = [f"{case.length}", name, "100%" if name in ("dense", FLASH) else f"{chosen / causal:.1%}"]
+        cells += [spread_of(samples, "{:.4g}".format), spread_of(ratios, "{:.3f}".format)]
         cells += [_number(flops[name] / seconds / 1e12), _number(case.bytes / seconds / 1e9)]
-        cells += [_spread(weighted_speedups(times, name), "{:.2f}x".format) if name in ANCHORS.values() else ""]
+        cells += [spread_of(weighted_speedups(times, name), "{:.2f}x".format) if name in ANCHORS.values() else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def describe_table(args: argparse.Namespace, device: jax.Device, kernel: str, dense: str) -> str:
     """What the table's numbers are of."""
-    (N, K, H), (products, copies) = SHAPES[args.shape], measure_ceilings(args.dtype)
-    packages = ", ".join(f"{name} {versions()[name]}" for name in ("jax", "jaxlib"))
+    N, K, H = SHAPES[args.shape]
     return (
         f"{args.shape}: {N} query and {K} KV heads of width {H}; {device.device_kind}, {args.dtype}, {kernel}; dense "
-        f"is {dense}; {packages}; tile {args.tile_size}, query tile {args.query_tile or args.tile_size}, Top-K "
+        f"is {dense}; tile {args.tile_size}, query tile {args.query_tile or args.tile_size}, Top-K "
         f"{args.density:.0%} of the causal tiles; n = {args.n_runs} interleaved rounds, median [min, max]. Density is "
         f"of the causal pairs, counted; TFLOP/s of the products that are needed; GB/s of queries, keys, values and "
-        f"output, each counted once. A large matrix product reaches {_number(products)} TFLOP/s here, a copy "
+        f"output, each counted once. {describe_ceilings(args.dtype)}"
+    )
+
+
+def describe_ceilings(dtype: Any) -> str:
+    """What the device and its JAX reach."""
+    products, copies = measure_ceilings(dtype)
+    packages = ", ".join(f"{name} {versions()[name]}" for name in ("jax", "jaxlib"))
+    return (
+        f"With {packages} a large matrix product reaches {_number(products)} TFLOP/s here, a copy "
         f"{_number(copies)} GB/s."
     )
 

@@ -257,7 +257,8 @@ def step_kernel(model: LlamaModel, batch: int, size: int, dtype: Any) -> tuple[s
         decode.check(kernel, selection, shape, dtype)
     except UnsupportedError as error:
         return "xla", f"{kernel} does not take these steps: {error}"
-    return ("xla", "") if kernel != decode.PAGED else (kernel, "JAX's paged attention")
+    why = "JAX's paged attention" if kernel == decode.PAGED else ""
+    return (kernel if kernel in decode.STEPS else "xla"), why
 
 
 def step_densities(model: LlamaModel, tiles: Mapping[int, jax.Array], first_position: int) -> list[float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -56,16 +55,12 @@ def compile_attention(model: LlamaModel, length: int, mesh: Mesh) -> dict[str, C
 
     q_BTNH, k_BKHS = random((1, layout.padded, N, H), rows), random((1, K, H, layout.padded), heads)
     qkv, specs = (q_BTNH, k_BKHS, random((1, K, layout.padded, H), heads)), (rows, heads, heads)
-    with ThreadPoolExecutor() as pool:  # side by side: the compiler leaves Python's lock
-        selecting = pool.submit(ready, partial(attention.choose, **choosing), qkv[:2], specs[:2], tiles)
-        dense = pool.submit(ready, partial(attention.dense, **sizes), qkv, specs, rows)
-        anchor = pool.submit(ready, partial(attention.anchor, **choosing), qkv, specs, (rows, tiles))
-    chosen = jax.block_until_ready(selecting.result()())
+    selecting = ready(partial(attention.choose, **choosing), qkv[:2], specs[:2], tiles)
     return {
-        "dense": dense.result(),
-        "selection": selecting.result(),
-        "anchor": anchor.result(),
-        "reuse": ready(partial(attention.reuse, **choosing), (*qkv, chosen), (*specs, tiles), rows),
+        "dense": ready(partial(attention.dense, **sizes), qkv, specs, rows),
+        "selection": selecting,
+        "anchor": ready(partial(attention.anchor, **choosing), qkv, specs, (rows, tiles)),
+        "reuse": ready(partial(attention.reuse, **choosing), (*qkv, selecting()), (*specs, tiles), rows),
     }
 
 

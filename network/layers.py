@@ -17,7 +17,7 @@ from attention import decode
 from attention.model_axis import ModelShards
 from attention.sharding import Layout, gather_keys
 from attention.xla import matmul
-from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection, tile_count
+from kascade_core import ANCHOR, DENSE, LayerPlan, Selection, tile_count
 from network.cache import KeysValues, write_at
 from weights.config import LlamaConfig, RopeFactors, chunk_shapes, layer_chunk, rope_frequencies
 
@@ -194,17 +194,18 @@ class Block(nn.Module):
         q_B1NH, k_B1KH, v_B1KH = self.attention.project(self._normed(x_B1D), rope)
         k_ZSH = write_at(cached[0], k_B1KH[:, 0], positions_B)
         v_ZSH = write_at(cached[1], v_B1KH[:, 0], positions_B)
-        q_BNH, chosen_BK1C = q_B1NH[:, 0], None
+        q_BNH, shards = q_B1NH[:, 0], self._shards()
+        chosen_BK1C = scores_ZGS = None
         if self.plan.mode == ANCHOR:
-            shards = self._shards()
-            groups_BNH = shards.whole_groups(q_BNH, 1)
-            chosen_BK1C, scores_ZGS = decode.choose_step(groups_BNH, k_ZSH, positions_B, self._selection())
+            groups_BNH, options = shards.whole_groups(q_BNH, 1), (self._selection(), self.kernel)
+            chosen_BK1C, scores_ZGS = decode.choose_step(groups_BNH, k_ZSH, positions_B, *options)
             tiles_BK1C = shards.cut(chosen_BK1C, self.plan.budgets)
-            out_BNH = decode.anchor_step(shards.own_parts(scores_ZGS), v_ZSH, tiles_BK1C, self.selection)
-        elif self.plan.mode == REUSE:
+        if self.plan.mode == DENSE:
+            out_BNH = decode.dense_step(q_BNH, k_ZSH, v_ZSH, positions_B, self.selection.window, self.kernel)
+        elif scores_ZGS is None:
             out_BNH = decode.reuse_step(q_BNH, k_ZSH, v_ZSH, positions_B, tiles_BK1C, self.selection, self.kernel)
         else:
-            out_BNH = decode.dense_step(q_BNH, k_ZSH, v_ZSH, positions_B, self.selection.window, self.kernel)
+            out_BNH = decode.anchor_step(shards.own_parts(scores_ZGS), v_ZSH, tiles_BK1C, self.selection)
         return x_B1D + self.attention.output(out_BNH[:, None]), chosen_BK1C, (k_ZSH, v_ZSH)
 
     def feed(self, x_BTD: jax.Array) -> jax.Array:

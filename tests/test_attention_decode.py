@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from attention import decode, tpu
+from attention import decode, gpu_decode, tpu
 from errors import UnsupportedError
 from kascade_core import ANCHOR, NO_TILE, REUSE, LayerPlan, Selection
 
@@ -197,7 +197,6 @@ def test_away_from_a_tpu_its_steps_are_xlas():
 )
 def test_what_paged_attention_does_not_take_is_said(selection, shape, dtype, message):
     decode.check("xla", selection, shape, dtype)
-    decode.check("pallas_gpu", selection, shape, dtype)
     with pytest.raises(UnsupportedError, match=message):
         decode.check("pallas_tpu", selection, shape, dtype)
 
@@ -226,3 +225,82 @@ def test_what_a_sequence_gets_on_a_cpu_does_not_depend_on_those_beside_it():
         alone = steps(q_BNH[b : b + 1], k_ZSH[rows], v_ZSH[rows], positions_B[:1])
         for one, all_of_them in zip(alone, together, strict=True):
             np.testing.assert_array_equal(one[0], all_of_them[b])
+
+
+# --- On a GPU ---
+
+GPU_SIZES = [  # tile size, tiles of the cache, query heads of a KV head, positions: at tiles' and parts' edges, ragged
+    (16, 19, 3, (16 * 5 - 1, 80, 81)),
+    (32, 11, 1, (0, 1, 351)),
+    (128, 5, 4, (600, 3, 127)),
+]
+
+
+@pytest.mark.parametrize(("tile_size", "tiles", "group", "positions"), GPU_SIZES)
+def test_the_gpus_steps_interpreted_equal_the_naive_loop(tile_size, tiles, group, positions):
+    """A tile that is not chosen, and what lies behind the new token, may hold anything."""
+    selection = Selection(tile_size, 4)
+    q, k, v, at = step_inputs(positions, shape=(3, 2, group, tile_size * tiles, 64))
+    dense = jax.jit(gpu_decode.dense_step)(q, k, v, at)
+    assert close(dense, naive(q, k, v, at)[0])
+    chosen = jax.jit(partial(gpu_decode.choose_step, selection=selection))(q, k, at)
+    expected, sets_expected = naive(q, k, v, at, selection)
+    assert sets(chosen) == sets_expected
+    kept = np.zeros((6, tiles), bool)
+    for (b, head), mine in sets(chosen).items():
+        kept[b * 2 + head, mine] = True
+    keys_ZS = np.repeat(kept, tile_size, axis=1) & (
+        np.arange(tile_size * tiles)[None] <= np.repeat(positions, 2)[:, None]
+    )
+    poisoned = (jnp.where(keys_ZS[..., None], x, jnp.nan) for x in (k, v))
+    got = jax.jit(partial(gpu_decode.reuse_step, selection=selection))(q, *poisoned, at, chosen)
+    assert close(got, expected)
+    assert dense.dtype == got.dtype == jnp.float32
+
+
+def test_the_gpus_steps_see_a_window_as_xlas_do():
+    selection = Selection(32, 4, window=100)
+    q, k, v, at = step_inputs((350, 64, 200), shape=(3, 2, 3, 32 * 11, 64))
+    tiles, _ = decode.choose_step(q, k, at, selection)
+    np.testing.assert_array_equal(gpu_decode.choose_step(q, k, at, selection), tiles)
+    assert close(gpu_decode.reuse_step(q, k, v, at, tiles, selection), decode.reuse_step(q, k, v, at, tiles, selection))
+    assert close(gpu_decode.dense_step(q, k, v, at, 100), decode.dense_step(q, k, v, at, 100))
+
+
+def test_away_from_a_gpu_its_steps_are_xlas():
+    q, k, v, at = step_inputs((40, 255), jnp.bfloat16, PAGED)
+    tiles, scores = decode.choose_step(q, k, at, PAGES, "pallas_gpu")
+    assert scores is None  # the anchor attends as a REUSE layer does
+    np.testing.assert_array_equal(tiles, decode.choose_step(q, k, at, PAGES)[0])
+    for step, args in ((decode.dense_step, ()), (decode.reuse_step, (tiles, PAGES))):
+        np.testing.assert_array_equal(step(q, k, v, at, *args, kernel="pallas_gpu"), step(q, k, v, at, *args))
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="newer JAX also compiles them then, which needs a GPU")
+def test_the_gpus_steps_are_made_without_one():
+    """As far as Triton's own language, at 128k tokens: no array holds a number for every key but the cache."""
+    (b, k, g, s, h), selection = (2, 8, 4, 2**17, 128), Selection(128, density=0.1)
+    shapes = ((b, k * g, h), (b * k, s, h), (b * k, s, h))
+    args = *(jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in shapes), jax.ShapeDtypeStruct((b,), jnp.int32)
+
+    def steps(q, keys, values, at):
+        tiles, _ = decode.choose_step(q, keys, at, selection, "pallas_gpu")
+        dense = decode.dense_step(q, keys, values, at, kernel="pallas_gpu")
+        return dense, decode.reuse_step(q, keys, values, at, tiles, selection, "pallas_gpu")
+
+    program = jax.jit(steps).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "kascade_attend_step" in program and "kascade_score_step" in program
+    assert f"{g}x{s}xf32" not in program
+
+
+@pytest.mark.parametrize(
+    ("selection", "shape", "dtype", "message"),
+    [
+        (Selection(24, 5), (4, 240, 128), jnp.bfloat16, "take a tile_size of 16, 32, 64 or 128, got 24"),
+        (PAGES, (4, 256, 96), jnp.bfloat16, "take heads of width 64 or 128, got 96"),
+        (PAGES, (4, 256, 128), jnp.float32, "take bfloat16 or float16, got float32"),
+    ],
+)
+def test_what_the_gpus_steps_do_not_take_is_said(selection, shape, dtype, message):
+    with pytest.raises(UnsupportedError, match=message):
+        decode.check("pallas_gpu", selection, shape, dtype)

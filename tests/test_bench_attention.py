@@ -30,7 +30,7 @@ def test_the_table_has_every_program_at_every_length(capsys, tmp_path):
     assert ["x [" in row[7] for row in rows[1:5]] == [False, True, True, False]
     assert rows[1][2] == "100%"
     assert rows[4][2] == f"{(96 * 17 / 2) / (96 * 97 / 2):.1%}"  # a tenth of six tiles: their own alone
-    assert "float32, xla (the one for a CPU); dense is xla's; jax " in out
+    assert "float32, xla (the one for a CPU); dense is xla's; tile 16" in out
     assert "96 tokens, relative errors against float32: dense" in errors
 
 
