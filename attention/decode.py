@@ -13,7 +13,6 @@ In every other case, and on other devices, steps are XLA's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -69,8 +68,7 @@ def dense_step(
 def _dense_step(
     q_BNH: jax.Array, k_ZSH: jax.Array, v_ZSH: jax.Array, positions_B: jax.Array, window: int | None
 ) -> jax.Array:
-    scores_ZGS = _causal_scores(q_BNH, k_ZSH, positions_B, window)
-    return _attend(scores_ZGS, v_ZSH).reshape(q_BNH.shape)
+    return _attend(_causal_scores(q_BNH, k_ZSH, positions_B, window), v_ZSH).reshape(q_BNH.shape)
 
 
 def choose_step(
@@ -97,13 +95,9 @@ def _choose_step(
 ) -> tuple[jax.Array, jax.Array]:
     (Z, S, _), B, M = k_ZSH.shape, q_BNH.shape[0], selection.tile_size
     scores_ZGS = _causal_scores(q_BNH, k_ZSH, positions_B, selection.window)
-
-    def masses(scores_ZGS: jax.Array) -> jax.Array:
-        weights_ZGS = jnp.exp(scores_ZGS - scores_ZGS.max(-1, keepdims=True))
-        mass_ZGP = weights_ZGS.reshape(*weights_ZGS.shape[:2], S // M, M).sum(-1)
-        return (mass_ZGP / mass_ZGP.sum(-1, keepdims=True)).sum(1)
-
-    mass_ZP = _by_sequence(masses, B, scores_ZGS)
+    weights_ZGS = jnp.exp(scores_ZGS - scores_ZGS.max(-1, keepdims=True))
+    mass_ZGP = weights_ZGS.reshape(*weights_ZGS.shape[:2], S // M, M).sum(-1)
+    mass_ZP = (mass_ZGP / mass_ZGP.sum(-1, keepdims=True)).sum(1)
     rule = step_selection(selection)
     tiles_BK1C = jax.vmap(lambda mass_K1P, position: select_tiles(mass_K1P, rule, position[None]))(
         mass_ZP.reshape(B, Z // B, 1, S // M), positions_B
@@ -117,9 +111,8 @@ def anchor_step(scores_ZGS: jax.Array, v_ZSH: jax.Array, tiles_BK1C: jax.Array, 
     places_ZC, used_ZC = _places(tiles_BK1C)
     chosen_ZGCM = jnp.take_along_axis(scores_ZGS.reshape(Z, G, S // M, M), places_ZC[:, None, :, None], axis=2)
     chosen_ZGCM = jnp.where(used_ZC[:, None, :, None], chosen_ZGCM, UNSEEN)
-    B = tiles_BK1C.shape[0]
-    out_ZGH = _by_sequence(_attend, B, chosen_ZGCM.reshape(Z, G, -1), _gather(v_ZSH, places_ZC, M))
-    return out_ZGH.reshape(B, -1, v_ZSH.shape[-1])
+    out_ZGH = _attend(chosen_ZGCM.reshape(Z, G, -1), _gather(v_ZSH, places_ZC, M))
+    return out_ZGH.reshape(tiles_BK1C.shape[0], -1, v_ZSH.shape[-1])
 
 
 def reuse_step(
@@ -155,7 +148,7 @@ def _reuse_step(
     seen_ZCM = visible(jnp.repeat(positions_B, Z // B)[:, None, None], key_ZCM, selection.window)
     seen_ZCM &= used_ZC[..., None]
     scores_ZGW = jnp.where(seen_ZCM.reshape(Z, 1, -1), scores_ZGW, UNSEEN)
-    return _by_sequence(_attend, B, scores_ZGW, _gather(v_ZSH, places_ZC, M)).reshape(q_BNH.shape)
+    return _attend(scores_ZGW, _gather(v_ZSH, places_ZC, M)).reshape(q_BNH.shape)
 
 
 def _scores(q_BNH: jax.Array, k_ZSH: jax.Array) -> jax.Array:
@@ -176,23 +169,6 @@ def _attend(scores_ZGS: jax.Array, v_ZSH: jax.Array) -> jax.Array:
     weights_ZGS = jnp.exp(scores_ZGS - scores_ZGS.max(-1, keepdims=True))
     out_ZGH = matmul("ZGS,ZSH->ZGH", weights_ZGS.astype(v_ZSH.dtype), v_ZSH)
     return out_ZGH / weights_ZGS.sum(-1, keepdims=True)
-
-
-def _by_sequence(function: Callable[..., jax.Array], batch: int, *arrays: jax.Array) -> jax.Array:
-    """A function of arrays whose first axis is Z, on a CPU for one sequence at a time.
-
-    XLA's CPU adds in an order that depends on how many rows there are: this way what a sequence gets does not depend,
-    bit for bit, on those that are decoded beside it.
-    """
-    if batch == 1:
-        return function(*arrays)
-
-    def mapped(*arrays: jax.Array) -> jax.Array:
-        by_sequence = [x.reshape(batch, -1, *x.shape[1:]) for x in arrays]
-        out = jax.lax.map(lambda parts: function(*parts), by_sequence)
-        return out.reshape(-1, *out.shape[2:])
-
-    return jax.lax.platform_dependent(*arrays, cpu=mapped, default=function)
 
 
 def _places(tiles_BK1C: jax.Array) -> tuple[jax.Array, jax.Array]:

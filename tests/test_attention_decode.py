@@ -205,28 +205,6 @@ def test_paged_attention_takes_the_sizes_of_a_long_batch():
     decode.check("pallas_tpu", Selection(128, 102), (128, 131200, 128), jnp.bfloat16)
 
 
-def test_what_a_sequence_gets_on_a_cpu_does_not_depend_on_those_beside_it():
-    """Bit for bit: a sum in another order would round some bfloat16 number of the next layer the other way."""
-    B, K, G, H, S, M = 4, 3, 3, 64, 576, 16
-    keys = iter(jax.random.split(jax.random.key(0), 3))
-    q_BNH = jax.random.normal(next(keys), (B, K * G, H), jnp.bfloat16)
-    k_ZSH, v_ZSH = (jax.random.normal(next(keys), (B * K, S, H)) for _ in range(2))
-    positions_B, selection = jnp.full((B,), 530, jnp.int32), Selection(M, 12)
-
-    @jax.jit
-    def steps(q_BNH, k_ZSH, v_ZSH, positions_B):
-        tiles_BK1C, scores_ZGS = decode.choose_step(q_BNH, k_ZSH, positions_B, selection)
-        anchor = decode.anchor_step(scores_ZGS, v_ZSH, tiles_BK1C, selection)
-        return tiles_BK1C, anchor, decode.reuse_step(q_BNH, k_ZSH, v_ZSH, positions_B, tiles_BK1C, selection)
-
-    together = steps(q_BNH, k_ZSH, v_ZSH, positions_B)
-    for b in range(B):
-        rows = slice(b * K, (b + 1) * K)
-        alone = steps(q_BNH[b : b + 1], k_ZSH[rows], v_ZSH[rows], positions_B[:1])
-        for one, all_of_them in zip(alone, together, strict=True):
-            np.testing.assert_array_equal(one[0], all_of_them[b])
-
-
 # --- On a GPU ---
 
 GPU_SIZES = [  # tile size, tiles of the cache, query heads of a KV head, positions: at tiles' and parts' edges, ragged
