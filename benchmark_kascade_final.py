@@ -49,11 +49,11 @@ from measure import hosts
 from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, measure_task, oracle_of
 from measure.decoding import (
     Arms,
-    can_keep_prefills,
     check_cache_fits,
     compile_depths,
     decode_windows,
     generate,
+    keeps_prefills,
     measure_depth,
 )
 from measure.densities import map_tiles, measure_density
@@ -302,7 +302,7 @@ def run_both(setup: Setup, plans: Schedule, say: Say) -> Both:
     say("🏃 Running DENSE Baseline...")
     shape = jax.ShapeDtypeStruct((mesh.shape[DATA], settings.seq_len), jnp.int32)
     dense = setup.model.compile(params, shape, mesh, with_cache=decodes)
-    keeps = decodes and can_keep_prefills(setup.model, test, first_device(mesh))
+    keeps = decodes and keeps_prefills(setup.model, test)
     dense_outputs = run_windows(dense, params, test, keeps)
     dense_perplexity = perplexity_of(np.concatenate([output.nll for output in dense_outputs]))
     warn(check_perplexity(dense_perplexity, setup.manifest.config.vocab_size, len(test) * (test[0].size - 1)))

@@ -31,8 +31,8 @@ CACHE_DTYPE = {"cpu": "float32"}  # XLA's CPU reads keys in bfloat16 no faster; 
 TIMED_STEPS = 8  # tokens in one timed pass over a window's, at most
 DEPTH_STEPS = 4  # the same in the table of depths
 SPARE_MEMORY = 0.9  # of the free memory, that a cache may take
-KEPT_MEMORY = 0.125  # of the free memory, that the prefills' keys and values may take until they are decoded with
-WINDOWS_AT_ONCE = 8  # at most, where no time is meant: each sequence adds a little to what is compiled
+AT_ONCE_BYTES = 2**30  # that keys and values of several windows may take where no time is meant
+WINDOWS_AT_ONCE = 8  # at most: each sequence adds a little to what is compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,10 @@ def check_cache_fits(model: LlamaModel, batch: int, tokens: int, device: jax.Dev
         )
 
 
-def can_keep_prefills(model: LlamaModel, windows: Sequence[jax.Array], device: jax.Device) -> bool:
-    """Whether both arms' keys and values of all windows fit beside everything else, so that none is computed twice."""
+def keeps_prefills(model: LlamaModel, windows: Sequence[jax.Array]) -> bool:
+    """Whether both arms' keys and values of all windows are small enough to be kept, so that none is computed twice."""
     needed = 2 * KVCache.bytes_needed(model.config, len(windows), windows[0].size, jnp.dtype(model.dtype))
-    free = free_memory(device)
-    return free is None or needed <= KEPT_MEMORY * free
+    return needed <= AT_ONCE_BYTES
 
 
 # --- Over the text ---
@@ -134,11 +133,13 @@ def decode_windows(
 
 
 def windows_at_once(arms: Arms, count: int, size: int) -> int:
-    """How many of `count` windows are decoded together where no time is meant: they share each read of the weights."""
-    free, most = free_memory(first_device(arms.mesh)), min(count, WINDOWS_AT_ONCE)
-    needed = 2 * KVCache.bytes_needed(arms.dense.config, 1, size, arms.cache_dtype)  # one for each arm
-    if free is not None:
-        most = min(most, max(int(SPARE_MEMORY * free) // needed, 1))
+    """How many of `count` windows are decoded together where no time is meant: they share each read of the weights.
+
+    It depends on sizes alone, not on the free memory: sums of other batches are rounded otherwise, so that a tile or
+    two may be chosen otherwise.
+    """
+    each = 2 * KVCache.bytes_needed(arms.dense.config, 1, size, arms.cache_dtype)  # one for each arm
+    most = min(count, WINDOWS_AT_ONCE, max(AT_ONCE_BYTES // each, 1))
     return tile_count(count, tile_count(count, most))
 
 

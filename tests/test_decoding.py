@@ -257,18 +257,22 @@ def test_how_many_windows_are_decoded_together_changes_no_number(arms, windows, 
         np.testing.assert_allclose(got.sparse_nll, expected.sparse_nll, atol=2e-6)
 
 
-@pytest.mark.parametrize(("free", "expected"), [(None, 6), (10**9, 6), (1, 1), (5 * 11520, 4)])
-def test_as_many_windows_are_decoded_together_as_fit_in_groups_of_one_size(arms, free, expected, monkeypatch):
+@pytest.mark.parametrize(("allowed", "expected"), [(2**30, 6), (4 * 11520, 4), (1, 1)])
+def test_as_many_windows_are_decoded_together_as_are_small_enough_in_groups_of_one_size(
+    arms, allowed, expected, monkeypatch
+):
     """Eleven windows; a cache of one takes three layers of 12 tokens, 2 KV heads of width 10, keys and values, twice."""
-    monkeypatch.setattr(decoding, "free_memory", lambda _: free)
+    monkeypatch.setattr(decoding, "AT_ONCE_BYTES", allowed)
     assert 2 * KVCache.bytes_needed(CONFIG, 1, 12, jnp.float32) == 11520
     assert decoding.windows_at_once(arms, 11, 12) == expected
 
 
-@pytest.mark.parametrize(("free", "expected"), [(None, True), (2**20, True), (2**16, False)])
-def test_prefills_are_kept_where_they_take_an_eighth_of_the_memory_at_most(arms, windows, free, expected, monkeypatch):
-    monkeypatch.setattr(decoding, "free_memory", lambda _: free)
-    assert decoding.can_keep_prefills(arms.dense, windows.test, jax.devices()[0]) == expected
+def test_prefills_are_kept_where_they_are_small_enough(arms, windows, monkeypatch):
+    needed = 2 * KVCache.bytes_needed(CONFIG, len(windows.test), DEPTH, jnp.float32)
+    monkeypatch.setattr(decoding, "AT_ONCE_BYTES", needed)
+    assert decoding.keeps_prefills(arms.dense, windows.test)
+    monkeypatch.setattr(decoding, "AT_ONCE_BYTES", needed - 1)
+    assert not decoding.keeps_prefills(arms.dense, windows.test)
 
 
 def test_bytes_and_densities_are_counted(arms, found):
