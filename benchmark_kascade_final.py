@@ -22,7 +22,6 @@ import datetime
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,15 +46,7 @@ from kascade_core import (
 from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
 from measure import hosts
 from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, measure_task, oracle_of
-from measure.decoding import (
-    Arms,
-    check_cache_fits,
-    compile_depths,
-    decode_windows,
-    generate,
-    keeps_prefills,
-    measure_depth,
-)
+from measure.decoding import Arms, check_cache_fits, decode_windows, generate, keeps_prefills, measure_depth
 from measure.densities import map_tiles, measure_density
 from measure.layerwise import Calibration
 from measure.machine import (
@@ -377,20 +368,17 @@ def decode(setup: Setup, both: Both, results: Results, earlier: Earlier) -> Resu
     forwards = {"dense": both.dense, "sparse": both.sparse}
     outputs = {"dense": both.dense_outputs, "sparse": both.sparse_outputs}
     arms = Arms(setup.model, both.sparse_model, forwards, setup.params, setup.mesh, outputs)
-    with ThreadPoolExecutor(1) as pool:
-        missing = [depth for depth in settings.depths if depth not in earlier.depths]
-        compiled = compile_depths(arms, missing, settings.batch, pool)
-        if settings.decode:
-            decoding = decode_windows(arms, windows, settings, compiled.values())
-            results = dataclasses.replace(results, decoding=decoding)
-            show("\n" + console.decoding(results.decoding, settings.dtype))
-        if settings.depths:
-            show(console.depths_header(settings.batch))
-            measure_one = partial(measure_depth, arms, batch=settings.batch, n_runs=settings.n_runs, compiled=compiled)
-            finish = partial(finish_row, results, field="depths", line=console.depth_row)
-            rows = measure_rows(settings.depths, earlier.depths, measure_one, finish)
-            results = dataclasses.replace(results, depths=rows)
-            show(console.sweep_break_even(results.depths) + "\n")
+    if settings.decode:
+        results = dataclasses.replace(results, decoding=decode_windows(arms, windows, settings))
+        show("\n" + console.decoding(results.decoding, settings.dtype))
+    if settings.depths:
+        show(console.depths_header(settings.batch))
+        measure_one = partial(measure_depth, arms, batch=settings.batch, n_runs=settings.n_runs)
+        finish = partial(finish_row, results, field="depths", line=console.depth_row)
+        results = dataclasses.replace(
+            results, depths=measure_rows(settings.depths, earlier.depths, measure_one, finish)
+        )
+        show(console.sweep_break_even(results.depths) + "\n")
     if settings.generate:
         generated = generate(arms, windows.test[0], settings.generate, settings.prefill)
         texts = (setup.tokenizer.decode(ids) for ids in (generated.dense, generated.sparse))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -88,9 +88,7 @@ def keeps_prefills(model: LlamaModel, windows: Sequence[jax.Array]) -> bool:
 # --- Over the text ---
 
 
-def decode_windows(
-    arms: Arms, windows: Windows, settings: Settings, compiling: Collection[Future[Any]] = ()
-) -> Decoding:
+def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding:
     """Decodes the tokens that follow each test window, densely and sparsely, and times a few of the steps.
 
     Args:
@@ -98,7 +96,6 @@ def decode_windows(
       windows: with the tokens that follow each (`Windows.following`).
       settings: `batch` windows are decoded at once where time is meant, `prefill` says what filled the sparse arm's
         cache; each arm is timed `n_runs` times. A last group of fewer than `batch` windows is left out.
-      compiling: what goes on beside, such as `compile_depths`; it is waited for before the clock starts.
     """
     steps, depth, batch = windows.following[0].size - 1, windows.test[0].size, settings.batch
     count = min(len(windows.test), len(windows.following)) // batch * batch
@@ -113,7 +110,6 @@ def decode_windows(
     caches = {name: _fill(arms, name, windows, last, size) for name in {"dense": None, settings.prefill: None}}
     ids_BN = jnp.concatenate([windows.following[i] for i in last])[:, : shapes["timed"][1]]
     used = {"dense": "dense", "sparse": settings.prefill}
-    wait(compiling)
     samples, _ = _time_passes(programs["timed"], ids_BN, depth, caches, used, settings.n_runs)
     return Decoding(
         depth=depth,
@@ -301,39 +297,23 @@ def _share_read(plan: LayerPlan, density: float) -> float:
 # --- By depth ---
 
 
-def compile_depths(arms: Arms, depths: Iterable[int], batch: int, pool: Executor) -> dict[int, Future[_Steps]]:
-    """What `measure_depth` times, compiled beside what does not run against the clock."""
-    return {depth: pool.submit(_compile_depth, arms, depth, batch) for depth in depths}
-
-
-def _compile_depth(arms: Arms, depth: int, batch: int) -> _Steps:
-    size = _depth_size(arms, depth)
-    models = {"dense": arms.dense, "keep_all": keeping_all(arms.sparse, size), "sparse": arms.sparse}
-    return _compile(models, batch, DEPTH_STEPS, size, arms)
-
-
-def _depth_size(arms: Arms, depth: int) -> int:
-    return cache_size(arms.dense, depth + DEPTH_STEPS)
-
-
-def measure_depth(arms: Arms, depth: int, batch: int, n_runs: int, compiled: Mapping[int, Future[_Steps]]) -> DepthRow:
+def measure_depth(arms: Arms, depth: int, batch: int, n_runs: int) -> DepthRow:
     """Dense, sparse keeping all tiles, and sparse, interleaved, on caches of random keys and values.
 
     Keeping all tiles is what the bookkeeping of sparse layers costs. Only time is meant: the tokens mean nothing.
-    `compiled` is of `compile_depths`; all of it is waited for before the clock starts.
     """
-    size = _depth_size(arms, depth)
+    size = cache_size(arms.dense, depth + DEPTH_STEPS)
     config, device = arms.dense.config, first_device(arms.mesh)
     free = free_memory(device)
     needed = KVCache.bytes_needed(config, batch, size, arms.cache_dtype)
     if free is not None and needed > SPARE_MEMORY * free:
         skipped = f"needs a cache of {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         return DepthRow(depth, batch, skipped=skipped)
-    wait(compiled.values())
-    programs = compiled[depth].result()
+    models = {"dense": arms.dense, "keep_all": keeping_all(arms.sparse, size), "sparse": arms.sparse}
+    programs = _compile(models, batch, DEPTH_STEPS, size, arms)
     caches = {"random": random_cache(config, batch, size, arms.cache_dtype, programs.mesh)}
     ids_BN = np.zeros((batch, DEPTH_STEPS), np.int32)
-    samples, last = _time_passes(programs, ids_BN, depth, caches, dict.fromkeys(programs.decoders, "random"), n_runs)
+    samples, last = _time_passes(programs, ids_BN, depth, caches, dict.fromkeys(models, "random"), n_runs)
     density = float(np.mean(step_densities(arms.sparse, last.tiles, depth)))
     beyond = depth > config.max_position_embeddings
     return DepthRow(depth, batch, samples["dense"], samples["keep_all"], samples["sparse"], density, beyond)

@@ -6,9 +6,6 @@ import json
 import math
 import re
 import statistics
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -309,35 +306,8 @@ def test_a_decoding_is_the_issues_json_and_a_section_that_says_what_it_is(found)
     assert result.tokens_per_second("dense") == pytest.approx(2e3 / statistics.median(result.dense_ms))
 
 
-def measured_depth(arms, depth, batch, n_runs):
-    with ThreadPoolExecutor(1) as pool:
-        return decoding.measure_depth(arms, depth, batch, n_runs, decoding.compile_depths(arms, [depth], batch, pool))
-
-
-def test_nothing_is_timed_while_something_is_compiled_beside(arms, windows, monkeypatch):
-    told, time_passes, compare_windows = [], decoding._time_passes, decoding._compare_windows
-    compared = threading.Event()
-
-    def compile_beside():
-        assert compared.wait(60)
-        time.sleep(0.5)
-        told.append("compiled")
-
-    def compare(*args):
-        found = compare_windows(*args)
-        compared.set()
-        return found
-
-    monkeypatch.setattr(decoding, "_compare_windows", compare)
-    monkeypatch.setattr(decoding, "_time_passes", lambda *args: told.append("timed") or time_passes(*args))
-    with ThreadPoolExecutor(1) as pool:
-        beside = pool.submit(compile_beside)
-        decoding.decode_windows(arms, windows, Settings(ROWS, seq_len=DEPTH, n_runs=1, batch=1), [beside])
-    assert told == ["compiled", "timed"]
-
-
 def test_depths_are_timed_dense_keeping_all_and_sparse(arms):
-    row = measured_depth(arms, 60, 2, 2)
+    row = decoding.measure_depth(arms, 60, 2, 2)
     assert (row.depth, row.batch, row.beyond_context, row.skipped) == (60, 2, False, None)
     assert [len(times) for times in (row.dense_ms, row.keep_all_ms, row.sparse_ms)] == [2, 2, 2]
     seen = [position // M + 1 for position in range(60, 60 + decoding.DEPTH_STEPS)]
@@ -352,14 +322,14 @@ def test_depths_are_timed_dense_keeping_all_and_sparse(arms):
 @pytest.mark.full  # in the quick tier a run has such a depth
 def test_a_depth_beyond_the_context_says_so(arms, monkeypatch):
     monkeypatch.setattr(decoding, "DEPTH_STEPS", 1)
-    beyond = measured_depth(arms, 65, 1, 1)
+    beyond = decoding.measure_depth(arms, 65, 1, 1)
     assert "beyond the model's context: only time is meant" in console.depth_row(beyond)
 
 
 def test_a_depth_beyond_memory_is_skipped(arms, monkeypatch):
     monkeypatch.setattr(decoding, "DEPTH_STEPS", 1)
     monkeypatch.setattr(decoding, "free_memory", lambda _: 10**9)
-    row = measured_depth(arms, 10**7, 1, 1)
+    row = decoding.measure_depth(arms, 10**7, 1, 1)
     assert console.depth_row(row) == "10000000 skipped: it needs a cache of 4.8 GB, and 1.0 GB are free"
 
 
