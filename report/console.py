@@ -219,10 +219,11 @@ def quality(quality: Quality, settings: Any) -> str:
     ]
     selection = settings.selection
     if selection.density is not None and not settings.load_schedule:
-        least = f", at least {selection.min_tiles} tiles" if selection.min_tiles else ""
+        least = f", at least {selection.min_tiles} tiles," if selection.min_tiles else ""
         lines.append(
-            f"                      (asked for {selection.density:.0%}{least} in sparse layers: layer 0 is dense, and\n"
-            "                      own, sink and local tiles are always kept)"
+            f"                      (asked for {selection.density:.0%}{least} in sparse layers:\n"
+            "                      dense layers count too, and own, sink and local tiles\n"
+            "                      are always kept)"
         )
     lines += [
         "   (Rows of one query tile share their choice of tiles: later rows help to",
@@ -494,18 +495,19 @@ def continuations(found: Generated, dense_text: str, sparse_text: str) -> str:
 
 # --- Tasks ---
 
-TASK_COLUMNS = "{:>13} {:>8} {:>16} {:>16} {:>16} {:>6} {:>7}"
+TASK_COLUMNS = "{:>13} {:>8} {:>14} {:>14} {:>14} {:>5} {:>6}"  # 80 columns
 
 
 def tasks_header(settings: Any) -> str:
     """What the tasks' figures mean, and their columns."""
-    names = ("task", "sparse", "dense", "sparse", "oracle", "p", "density")
+    names = ("task", "set-up", "dense", "sparse", "oracle", "p", "kept")
     return (
         f"🎯 TASKS: {settings.task_len} tokens, n = {settings.task_n}, filler {settings.task_filler}; right answers, "
         f"% [95% interval]\n{RULE}\n\n"
-        "   (sparse is the whole prompt, or only the question after a dense context, and the answer;\n"
-        "   oracle: every sparse layer chooses for itself; p: McNemar's exact test, sparse against\n"
-        "   dense; 1st: right answers ranked first among the candidates)\n\n" + TASK_COLUMNS.format(*names)
+        "   (set-up: what is sparse, the whole prompt and the answer, or the question and\n"
+        "   the answer alone after a dense context; oracle: every sparse layer chooses\n"
+        "   for itself; p: McNemar's exact test, sparse against dense; kept: density;\n"
+        "   1st: right answers ranked first among the candidates)\n\n" + TASK_COLUMNS.format(*names)
     )
 
 
@@ -520,11 +522,8 @@ def task_row(row: TaskRow) -> str:
         TASK_COLUMNS.format("", "", *ranks, "", "").rstrip(),
     ]
     if not row.discriminative:
-        lines.append(f"{'':14}not discriminative: dense is not clearly above chance ({row.chance:.2g}), or n is small")
-    lines += [
-        f"{'':14}⚠️  {suspicion} significantly (p < 0.05): by chance in few rows, or a bug"
-        for suspicion in row.suspicions
-    ]
+        lines.append(f"  not discriminative: dense is not clearly above chance ({row.chance:.1g}), or n is small")
+    lines += [f"  ⚠️  {suspicion} significantly (p < 0.05): by chance, or a bug" for suspicion in row.suspicions]
     return "\n".join(lines)
 
 
@@ -533,4 +532,4 @@ def tasks_power(rows: Sequence[TaskRow]) -> str:
     effect = rows[0].smallest_effect
     if effect is None:
         return f"   n = {rows[0].n} cannot show any loss: raise --task_n\n"
-    return f"   n = {rows[0].n} shows a loss of {effect:.0%} of the answers with a probability of 80%, no smaller one\n"
+    return f"   With a probability of 80%, n = {rows[0].n} shows a loss of {effect:.0%} of the answers or more\n"

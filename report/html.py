@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from report import plots
+from report import plots, tables
 from report.results import FAILED, NOTHING_DROPPED, SUCCESS, SUCCESS_PCT, finite
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -34,6 +34,7 @@ def page(report: Mapping[str, Any]) -> str:
         card=list(card(report)),
         command=command(report),
         settings=[(name, shown(value)) for name, value in report["config"].items()],
+        statistics=[(name, shown(value)) for name, value in statistics(report)],
         sections=list(plots.sections(report)),
         limits=list(limits(report)),
         svg=Markup,
@@ -130,6 +131,14 @@ def card(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     yield "Commit", report["git_commit"] or "not from a repository"
     yield "Date", report["date"].replace("T", " ").replace("+00:00", " UTC")
+
+
+def statistics(report: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every figure about quality by its name, LongPPL's as well."""
+    for name, value in tables.statistics_of(report["quality"]).items():
+        yield name, f"{value:.6g}" if isinstance(value, float) else value
+    for name, value in (report["long_ppl"] or {}).items():
+        yield f"long_ppl {name}", f"{value:.6g}" if isinstance(value, float) else value
 
 
 def command(report: Mapping[str, Any]) -> list[str]:

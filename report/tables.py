@@ -38,10 +38,15 @@ def spread(values: Sequence[float], decimals: int = 2) -> str:
 
 # --- A report's measurements ---
 
+STATISTICS = (
+    "windows", "predicted_tokens", "verdict", "delta_log_ppl", "se_tokens", "se_windows", "interval_low_pct",
+    "interval_high_pct", "kl_mean", "kl_se", "kl_median", "kl_p90", "kl_p95", "kl_p99", "kl_p999", "kl_max",
+    "same_top1", "same_top1_se", "correlation", "rms_dp",
+)  # fmt: skip
 COLUMNS = (
     "test", "tokens", "batch", "arm", "median_ms", "min_ms", "max_ms", "n", "tokens_per_s", "perplexity",
-    "degradation_pct", "error_pct", "density", "score", "score_low", "score_high", "model", "device", "dtype",
-    "kernel", "versions", "git_commit", "date",
+    "degradation_pct", "error_pct", "density", "score", "score_low", "score_high", *STATISTICS, "model", "device",
+    "dtype", "kernel", "versions", "git_commit", "date",
 )  # fmt: skip
 LONGEST_HEAD = 10_000  # characters of a table's first line
 
@@ -50,7 +55,8 @@ def measurements(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """One row a measurement of a report, by COLUMNS; a cell without a value is empty.
 
     `tokens` is the length of a forward, the depth of a decoding step, or the length of a task's prompt; times are of
-    one forward or one decoding step; `error_pct` is one standard error; `score` is a task's share of right answers.
+    one forward or one decoding step; `error_pct` is one standard error; `score` is a task's share of right answers;
+    STATISTICS are as in the report, and stand in the sparse arm's row.
     """
     config, device = report["config"], report["device"]
     kind = device["processor" if device["platform"] == "cpu" else "kind"]
@@ -78,14 +84,28 @@ def _times(samples: Sequence[float], tokens: int, batch: int = 1) -> dict[str, A
     return times | {"tokens_per_s": batch * tokens / middle * 1000}
 
 
+def statistics_of(quality: Mapping[str, Any]) -> dict[str, Any]:
+    """STATISTICS of a report's "quality" by name: what stands in an object of its own there is told by a prefix."""
+    flat = quality | {f"kl_{name}": value for name, value in quality["kl"].items()}
+    flat |= {"predicted_tokens": quality["tokens"]}
+    flat |= zip(("interval_low_pct", "interval_high_pct"), quality["interval_pct"] or (None, None))
+    return {name: flat[name] for name in STATISTICS}
+
+
 def _forwards(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     quality, tokens, timing = report["quality"], report["config"]["seq_len"], report["timing"]
-    loss = {"degradation_pct": quality["degradation_pct"], "error_pct": quality["error_pct"]}
+    loss = {"degradation_pct": quality["degradation_pct"], "error_pct": quality["error_pct"]} | statistics_of(quality)
     for arm, of_arm in (("dense", {"density": 1.0}), ("sparse", loss | {"density": report["density"]})):
         of_arm |= {"test": "prefill", "tokens": tokens, "arm": arm, "perplexity": report[arm]["perplexity"]}
         yield of_arm | _times(timing[f"{arm}_ms"], tokens)
+    if (long_ppl := report["long_ppl"]) and long_ppl["tokens"]:
+        found = {"test": "long_ppl", "tokens": tokens, "predicted_tokens": long_ppl["tokens"]}
+        yield found | {"arm": "dense", "density": 1.0, "perplexity": long_ppl["dense_perplexity"]}
+        found |= {name: long_ppl[name] for name in ("degradation_pct", "se_tokens")}
+        yield found | {"arm": "sparse", "density": report["density"], "perplexity": long_ppl["sparse_perplexity"]}
     for row in report["densities"]:
-        loss = {name: row[name] for name in ("degradation_pct", "error_pct", "density")}
+        loss = {name: row[name] for name in ("degradation_pct", "error_pct", "density", "delta_log_ppl", "same_top1")}
+        loss["kl_mean"] = row["kl"]
         for arm, of_arm in (("dense", {"density": 1.0}), ("sparse", loss)):
             perplexity = report["dense"]["perplexity"] if arm == "dense" else row["sparse_perplexity"]
             of_arm |= {"test": f"density {row['asked']:g}", "tokens": tokens, "arm": arm, "perplexity": perplexity}
@@ -103,7 +123,9 @@ def _decoding(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             of_arm = {"test": "decode", "tokens": decode["depth"], "arm": arm, "density": density}
             of_arm["perplexity"] = decode[arm]["perplexity"]
             if arm == "sparse":
-                of_arm |= {"degradation_pct": decode["degradation_pct"], "error_pct": decode["error_pct"]}
+                names = ("degradation_pct", "error_pct", "windows", "delta_log_ppl", "same_top1")
+                of_arm |= {name: decode[name] for name in names}
+                of_arm |= {"se_tokens": decode["delta_log_ppl_se"], "kl_mean": decode["kl"]}
             yield of_arm | _times(decode[arm]["ms_per_token"], 1, decode["batch"])
     for row in report["decode_depths"]:
         for arm, density in (("dense", 1.0), ("keep_all", 1.0), ("sparse", row["density"])):

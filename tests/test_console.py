@@ -95,7 +95,9 @@ def test_the_verdict_fails_as_plainly_as_it_passes(sparse, density, sentence):
 
 def test_a_density_that_was_asked_for_stands_beside_the_counted_one():
     found = quality(20.0, 20.1)
-    assert "asked for 30%" in console.quality(found, Settings(Selection(density=0.3)))
+    text = console.quality(found, Settings(Selection(density=0.3, min_tiles=10_000)))
+    assert "asked for 30%, at least 10000 tiles, in sparse layers" in text
+    assert console.fit(text) == text
     assert "asked for" not in console.quality(found, Settings())
 
 

@@ -50,6 +50,29 @@ def test_a_row_has_the_median_of_its_samples_and_the_tokens_that_went_through():
     assert float(task["score_low"]) < 0.9 < float(task["score_high"])
 
 
+def test_the_sparse_arms_row_has_every_statistic_of_quality():
+    report = reports.report()
+    quality = report["quality"]
+    sparse, dense = (rows_of(report, test="prefill", arm=arm)[0] for arm in ("sparse", "dense"))
+    expected = {f"kl_{name}": value for name, value in quality["kl"].items()}
+    single = ("delta_log_ppl", "se_tokens", "se_windows", "same_top1", "same_top1_se", "correlation", "rms_dp")
+    expected |= {name: quality[name] for name in single}
+    expected |= {"predicted_tokens": quality["tokens"], "windows": 4, "interval_high_pct": quality["interval_pct"][1]}
+    assert {name: float(sparse[name]) for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert (sparse["verdict"], dense["kl_mean"]) == (quality["verdict"], "")
+    (one_window,) = rows_of(reports.plain_run().to_json(), test="prefill", arm="sparse")
+    assert one_window["se_windows"] == one_window["interval_low_pct"] == ""
+
+
+def test_the_tokens_that_need_a_long_context_have_rows_where_there_are_any():
+    report = reports.report()
+    (row,) = rows_of(report, test="long_ppl", arm="sparse")
+    assert float(row["perplexity"]) == pytest.approx(report["long_ppl"]["sparse_perplexity"], rel=1e-5)
+    assert (row["predicted_tokens"], row["windows"], row["median_ms"]) == ("3", "", "")
+    assert not rows_of(report | {"long_ppl": {"tokens": 0}}, test="long_ppl")
+    assert not rows_of(report | {"long_ppl": None}, test="long_ppl")
+
+
 def test_rows_are_added_to_a_file_that_is_there(tmp_path):
     path, rows = tmp_path / "rows.csv", measurements(reports.report())
     append_csv(path, rows)

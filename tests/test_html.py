@@ -64,6 +64,17 @@ def test_the_page_has_every_part_in_the_order_in_which_it_is_asked(full):
     assert full.index("<h1>") < full.index('id="run"') < full.index("<h2")
 
 
+def test_the_page_has_every_statistic_of_quality(full, plain):
+    """Those of --long_ppl as well; a statistic that one window has not is there as not given."""
+    report = reports.report()
+    quality, shown = report["quality"], dict(re.findall(r"<tr><td>(.+)</td><td>([^<]+)</td></tr>", full))
+    values = {name: quality[name] for name in ("delta_log_ppl", "se_tokens", "se_windows", "correlation", "rms_dp")}
+    values |= {f"kl_{name}": value for name, value in quality["kl"].items()}
+    values |= {f"long_ppl {name}": value for name, value in report["long_ppl"].items()}
+    assert {name: float(shown[name]) for name in values} == pytest.approx(values, rel=1e-5)
+    assert "<tr><td>se_windows</td><td>not given</td></tr>" in plain
+
+
 def test_what_was_not_measured_has_no_part(plain):
     assert headings(plain) == ["Quality", "Layers", "Time", "Attention alone", "What the numbers do not show"]
     assert "Decoding was not measured" in plain
@@ -352,7 +363,7 @@ def test_paper_has_few_pages_and_no_tables_that_are_long(browser, tmp_path):
     browser.call("Emulation.setEmulatedMedia", media="print")
     assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     folded = "[...document.querySelectorAll('details')].filter(details => !details.open && getComputedStyle(details).display == 'none')"
-    assert browser.evaluate(f"{folded}.length") == 3, "all settings, and two maps of tiles"
+    assert browser.evaluate(f"{folded}.length") == 4, "all settings and statistics, and two maps of tiles"
 
 
 @pytest.mark.browser

@@ -352,3 +352,17 @@ def test_the_console_says_shares_intervals_and_power():
     assert "a loss of 15% of the answers" in console.tasks_power([row(50, 50, n=50)])
     header = console.tasks_header(Settings(tasks=("vt",), task_len=512, task_n=7))
     assert "512 tokens, n = 7, filler noise" in header
+
+
+def test_the_table_fits_a_terminal_with_its_columns_below_their_names():
+    """A row broken at 80 columns cannot be read; niah_multikey has the longest name."""
+    header, found = console.tasks_header(Settings(tasks=TASKS)), row(50, 50, n=50)
+    worst = dataclasses.replace(
+        found, task=NIAH_MULTIKEY, setup=QUESTION, chance=1.1e-07, density=1.0, dense=found.oracle
+    )
+    unclear = dataclasses.replace(worst, dense=row(0, 0, n=50).dense)
+    for text in (header, console.task_row(worst), console.task_row(unclear), console.tasks_power([worst])):
+        assert console.fit(text) == text
+    names, cells = header.splitlines()[-1], console.task_row(worst).splitlines()[0]
+    assert names.index("kept") + len("kept") == cells.index("100.0%") + len("100.0%") == console.COLUMNS
+    assert "oracle beats dense" in console.task_row(unclear) and "not discriminative" in console.task_row(unclear)
