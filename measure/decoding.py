@@ -31,7 +31,7 @@ CACHE_DTYPE = {"cpu": "float32"}  # XLA's CPU reads keys in bfloat16 no faster; 
 TIMED_STEPS = 8  # tokens in one timed pass over a window's, at most
 DEPTH_STEPS = 4  # the same in the table of depths
 SPARE_MEMORY = 0.9  # of the free memory, that a cache may take
-AT_ONCE_BYTES = 2**28  # that keys and values of several windows may take where no time is meant
+AT_ONCE_BYTES = 2**29  # that keys and values of several windows may take where no time is meant
 WINDOWS_AT_ONCE = 8  # at most: each sequence adds a little to what is compiled
 
 
