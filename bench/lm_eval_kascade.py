@@ -327,8 +327,9 @@ def token_id(tokenizer: TextTokenizer, flag: str, token: str | None) -> int:
 def evaluate(model: Kascade, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The harness's results of one arm: {task: {"metric,filter": value}}."""
     import lm_eval
+    from lm_eval.tasks import TaskManager  # no attribute of the package where it loads its parts when asked
 
-    manager = lm_eval.tasks.TaskManager(include_path=args.include_path and str(args.include_path))
+    manager = TaskManager(include_path=args.include_path and str(args.include_path))
     unknown = [task for task in args.tasks if task not in manager.all_tasks]
     if unknown:
         raise InputError(f"tasks: the harness knows no {quote(unknown[0])}; --include_path adds tasks of your own")

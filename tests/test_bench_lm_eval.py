@@ -227,12 +227,13 @@ def test_the_harness_gets_from_us_what_its_own_backend_gives(folder, local_tasks
     lm_eval = pytest.importorskip("lm_eval")
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     theirs = HFLM(
         pretrained=str(folder / "hf"), device="cpu", dtype="float32", prefix_token_id=BEGIN, max_length=MAX_LENGTH
     )
     names = ("local_choice", "local_whole", "local_free")
-    manager = lm_eval.tasks.TaskManager(include_path=str(local_tasks))
+    manager = TaskManager(include_path=str(local_tasks))
     expected = lm_eval.simple_evaluate(model=theirs, tasks=list(names), task_manager=manager)
 
     manifest, path = read_manifest(folder / "weights"), tmp_path / "schedule.json"
