@@ -41,8 +41,8 @@ SUCCESS_PCT = 2.0  # a degradation under it is a success
 SUCCESS, FAILED, UNDECIDED, NOTHING_DROPPED = "success", "failed", "undecided", "nothing dropped"
 
 # What to try after a loss, measured at 2048 tokens on 12 articles (docs/quality.md): at a density of 18 % the threshold
-# rule loses 4.66 %, the search with tiles and query tiles of 8 tokens 1.74 %; the search with tiles of 8 loses 2.07 % at
-# 18 % and 0.37 % at 30 %, so about the density to the power -3.4.
+# rule loses 4.66 %, the search with tiles and query tiles of 8 tokens 1.74 %; the search with tiles of 8 loses 2.07 %
+# at 18 % and 0.37 % at 30 %, so about the density to the power -3.4.
 SEARCH_GAIN = 2.7
 DENSITY_POWER = 3.4
 
