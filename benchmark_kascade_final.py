@@ -46,7 +46,7 @@ from kascade_core import (
 from llama_model import LlamaConfig, LlamaModel, count_parameters, load_weights
 from measure import hosts
 from measure.answers import DENSE_ARM, ORACLE_ARM, SPARSE_ARM, Answerer, measure_task, oracle_of
-from measure.decoding import Arms, check_cache_fits, decode_windows, generate, measure_depth
+from measure.decoding import Arms, check_cache_fits, decode_windows, generate, keeps_prefills, measure_depth
 from measure.densities import map_tiles, measure_density
 from measure.layerwise import Calibration
 from measure.machine import (
@@ -225,6 +225,7 @@ class Both(NamedTuple):
     dense: Forward
     sparse: Forward
     dense_outputs: Sequence[Output]
+    sparse_outputs: Sequence[Output]
     attended: Mapping[int, jax.Array]
     quality: Quality
 
@@ -292,7 +293,8 @@ def run_both(setup: Setup, plans: Schedule, say: Say) -> Both:
     say("🏃 Running DENSE Baseline...")
     shape = jax.ShapeDtypeStruct((mesh.shape[DATA], settings.seq_len), jnp.int32)
     dense = setup.model.compile(params, shape, mesh, with_cache=decodes)
-    dense_outputs = run_windows(dense, params, test)
+    keeps = decodes and keeps_prefills(setup.model, test)
+    dense_outputs = run_windows(dense, params, test, keeps)
     dense_perplexity = perplexity_of(np.concatenate([output.nll for output in dense_outputs]))
     warn(check_perplexity(dense_perplexity, setup.manifest.config.vocab_size, len(test) * (test[0].size - 1)))
     say(f"  All {tile_count(settings.seq_len, settings.selection.tile_size)} tiles in every layer\n")
@@ -300,14 +302,14 @@ def run_both(setup: Setup, plans: Schedule, say: Say) -> Both:
     say("⚡ Running KASCADE Sparse...")
     sparse_model = setup.model.clone(schedule=plans)
     sparse = sparse_model.compile(params, shape, mesh, with_cache=decodes)
-    sparse_outputs = run_windows(sparse, params, test)
+    sparse_outputs = run_windows(sparse, params, test, keeps)
     publish_tiles(sparse_outputs[0].tiles)
     attended = attended_tiles(plans, sparse_outputs[0].tiles)
     if settings.verbose:
         say(console.sparse_layers(plans, attended, settings.selection.tile_size, settings.seq_len))
     compared = compare(setup.model, params, test, dense_outputs, sparse_outputs, mesh)
     quality = Quality(compared, [density_of(tiles, sparse_model.selection) for tiles in attended.values()])
-    return Both(sparse_model, dense, sparse, dense_outputs, attended, quality)
+    return Both(sparse_model, dense, sparse, dense_outputs, sparse_outputs, attended, quality)
 
 
 def time_both(setup: Setup, both: Both, meaning: str, say: Say) -> tuple[Timing, Mapping[str, Sequence[float]]]:
@@ -364,7 +366,8 @@ def decode(setup: Setup, both: Both, results: Results, earlier: Earlier) -> Resu
     """The results with what is decoded token by token."""
     settings, windows = setup.settings, setup.windows
     forwards = {"dense": both.dense, "sparse": both.sparse}
-    arms = Arms(setup.model, both.sparse_model, forwards, setup.params, setup.mesh)
+    outputs = {"dense": both.dense_outputs, "sparse": both.sparse_outputs}
+    arms = Arms(setup.model, both.sparse_model, forwards, setup.params, setup.mesh, outputs)
     if settings.decode:
         results = dataclasses.replace(results, decoding=decode_windows(arms, windows, settings))
         show("\n" + console.decoding(results.decoding, settings.dtype))

@@ -234,12 +234,12 @@ class LlamaModel(nn.Module):
 
         def fold(start: jax.Array, size: int, carry: Any) -> Any:
             dense, sparse, shift_BT, best_dense, best_sparse = carry
-            a_BTV, b_BTV = self._logits(dense_BTD, start, size), self._logits(sparse_BTD, start, size)
+            a_BTV, b_BTV = (self._logits(x, start, size, rows_first=True) for x in (dense_BTD, sparse_BTD))
             new_dense, new_sparse = _log_sum_exp(dense, a_BTV), _log_sum_exp(sparse, b_BTV)
             shift_BT = shift_BT * jnp.exp(dense[0] - new_dense[0])
             shift_BT += (jnp.exp(a_BTV - new_dense[0][..., None]) * (a_BTV - b_BTV)).sum(-1)
-            best_dense = jnp.where(a_BTV.max(-1) > dense[0], start + a_BTV.argmax(-1), best_dense)
-            best_sparse = jnp.where(b_BTV.max(-1) > sparse[0], start + b_BTV.argmax(-1), best_sparse)
+            best_dense = jnp.where(a_BTV.max(-1) > dense[0], start + _place_of_max(a_BTV), best_dense)
+            best_sparse = jnp.where(b_BTV.max(-1) > sparse[0], start + _place_of_max(b_BTV), best_sparse)
             return new_dense, new_sparse, shift_BT, best_dense, best_sparse
 
         shape = next_ids_BT.shape
@@ -267,11 +267,18 @@ class LlamaModel(nn.Module):
         carry = jax.lax.fori_loop(0, whole, lambda i, carry: fold(i * size, size, carry), carry)
         return fold(jnp.int32(whole * size), rest, carry) if rest else carry
 
-    def _logits(self, x_BTD: jax.Array, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
-        """Those of `size` tokens of this shard's part of the vocabulary from `start` on, or of all of it."""
+    def _logits(
+        self, x_BTD: jax.Array, start: jax.Array | int = 0, size: int | None = None, rows_first: bool = False
+    ) -> jax.Array:
+        """Those of `size` tokens of this shard's part of the vocabulary from `start` on, or of all of it.
+
+        With `rows_first` a row's logits lie side by side, as what is done with them several times wants them.
+        """
         size = self._shards().local.vocab_size if size is None else size
         if self.config.tie_word_embeddings:
             w_VD = jax.lax.dynamic_slice_in_dim(self.tok_embeddings, start, size, axis=0)
+            if rows_first:
+                return matmul("BTD,VD->BTV", x_BTD.astype(self.dtype), w_VD.astype(self.dtype))
             # The table comes first, as it is stored: as the second operand it would be transposed into a copy.
             logits_VBT = matmul("VD,BTD->VBT", w_VD.astype(self.dtype), two_rows(x_BTD.astype(self.dtype)))
             return logits_VBT.transpose(1, 2, 0)[:, : x_BTD.shape[1]]
@@ -314,6 +321,13 @@ class LlamaModel(nn.Module):
           mesh: of `attention.sharding.steps_mesh`.
         """
         return compile_steps(self, params, cache, num_steps, mesh)
+
+
+def _place_of_max(x_BTV: jax.Array) -> jax.Array:
+    """int32 [B, T], `argmax` along V: XLA's CPU reduces to a value and its place together several times slower."""
+    places = jax.lax.broadcasted_iota(jnp.int32, x_BTV.shape, x_BTV.ndim - 1)
+    is_max = x_BTV == x_BTV.max(-1, keepdims=True)
+    return jnp.where(is_max, places, x_BTV.shape[-1]).min(-1)
 
 
 def _log_sum_exp(carry: tuple[jax.Array, jax.Array], logits_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:

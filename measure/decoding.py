@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,15 @@ from measure.quality import compile_comparison
 from measure.settings import Settings
 from measure.texts import Windows
 from network.cache import KVCache, join_caches
-from network.programs import Decoded, Decoder, Forward
+from network.programs import Decoded, Decoder, Forward, Output
 from report.results import Decoding, DepthRow, Generated
 
 CACHE_DTYPE = {"cpu": "float32"}  # XLA's CPU reads keys in bfloat16 no faster; elsewhere the run's own dtype
-DEPTH_STEPS = 4  # tokens in one timed run of the table of depths
+TIMED_STEPS = 8  # tokens in one timed pass over a window's, at most
+DEPTH_STEPS = 4  # the same in the table of depths
 SPARE_MEMORY = 0.9  # of the free memory, that a cache may take
+AT_ONCE_BYTES = 2**29  # that keys and values of several windows may take where no time is meant
+WINDOWS_AT_ONCE = 8  # at most: each sequence adds a little to what is compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,12 @@ class Arms:
     prefill: Mapping[str, Forward]  # "dense" and "sparse", compiled with their caches, for windows of one length
     params: Any
     mesh: Mesh
+    outputs: Mapping[str, Sequence[Output]] = dataclasses.field(default_factory=dict)  # of the prefills, by test window
+
+    def prefilled(self, name: str, windows: Windows, i: int) -> Output:
+        """What a prefill leaves of a test window: from `outputs`, or computed where its keys were not kept."""
+        kept = self.outputs[name][i] if self.outputs else None
+        return kept if kept and kept.keys_values else self.prefill[name](self.params, windows.test[i])
 
     @property
     def cache_dtype(self) -> Any:
@@ -70,71 +79,79 @@ def check_cache_fits(model: LlamaModel, batch: int, tokens: int, device: jax.Dev
         )
 
 
+def keeps_prefills(model: LlamaModel, windows: Sequence[jax.Array]) -> bool:
+    """Whether both arms' keys and values of all windows are small enough to be kept, so that none is computed twice."""
+    needed = 2 * KVCache.bytes_needed(model.config, len(windows), windows[0].size, jnp.dtype(model.dtype))
+    return needed <= AT_ONCE_BYTES
+
+
 # --- Over the text ---
 
 
 def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding:
-    """Decodes the tokens that follow each test window, densely and sparsely, and times every pass.
+    """Decodes the tokens that follow each test window, densely and sparsely, and times a few of the steps.
 
     Args:
       arms: the two models.
       windows: with the tokens that follow each (`Windows.following`).
-      settings: `batch` windows are decoded at once, `prefill` says what filled the sparse arm's cache; the passes over
-        the windows are timed, and the last repeated until each arm has `n_runs` samples.
+      settings: `batch` windows are decoded at once where time is meant, `prefill` says what filled the sparse arm's
+        cache; each arm is timed `n_runs` times. A last group of fewer than `batch` windows is left out.
     """
-    steps = windows.following[0].size - 1
-    groups = _groups(windows, settings.batch)
-    size = cache_size(arms.dense, windows.test[0].size + steps)
-    mesh = steps_mesh(arms.mesh, settings.batch)
-    params = keep_on(arms.params, mesh)
-    decoders = _compile({"dense": arms.dense, "sparse": arms.sparse}, params, settings.batch, size, steps, arms)
-    comparison = compile_comparison(arms.dense, mesh)
-    compared: dict[str, list[Comparison]] = {"sparse": [], "dense": []}
-    samples: dict[str, list[float]] = {"dense": [], "sparse": []}
-    for i, (ids, following) in enumerate(groups):
-        passes = _Passes(arms, decoders, params, ids, following, size)
-        if i == 0:
-            passes.warm_up()
-        found = passes.compare(settings.prefill, samples, comparison)
-        for prefill in compared:
-            compared[prefill] += found[prefill]
-    while len(samples["dense"]) < settings.n_runs:
-        for arm in samples:
-            passes.run(arm, "dense" if arm == "dense" else settings.prefill, samples[arm])
-    samples = hosts.slowest(samples)
-    depth = windows.test[0].size
+    steps, depth, batch = windows.following[0].size - 1, windows.test[0].size, settings.batch
+    count = min(len(windows.test), len(windows.following)) // batch * batch
+    size = cache_size(arms.dense, depth + steps)
+    shapes = {"all": (windows_at_once(arms, count, size), steps), "timed": (batch, min(TIMED_STEPS, steps))}
+    models = {"dense": arms.dense, "sparse": arms.sparse}
+    with ThreadPoolExecutor(len(shapes)) as pool:
+        compiled = pool.map(lambda shape: _compile(models, *shape, size, arms), shapes.values())
+        programs = dict(zip(shapes, compiled, strict=True))
+    found = _compare_windows(arms, programs["all"], windows, count, size, settings.prefill)
+    last = range(count - batch, count)
+    caches = {name: _fill(arms, name, windows, last, size) for name in {"dense": None, settings.prefill: None}}
+    ids_BN = jnp.concatenate([windows.following[i] for i in last])[:, : shapes["timed"][1]]
+    used = {"dense": "dense", "sparse": settings.prefill}
+    samples, _ = _time_passes(programs["timed"], ids_BN, depth, caches, used, settings.n_runs)
     return Decoding(
         depth=depth,
         steps=steps,
-        batch=settings.batch,
+        batch=batch,
         prefill=settings.prefill,
-        kernel=step_kernel(arms.sparse, settings.batch, size, arms.cache_dtype),
-        compared=compared[settings.prefill],
-        compared_other_prefill=compared["dense" if settings.prefill == "sparse" else "sparse"],
-        layer_densities=passes.layer_densities,
+        kernel=step_kernel(arms.sparse, batch, size, arms.cache_dtype),
+        compared=found.compared[settings.prefill],
+        compared_other_prefill=found.compared["dense" if settings.prefill == "sparse" else "sparse"],
+        layer_densities=found.layer_densities,
         dense_ms=samples["dense"],
         sparse_ms=samples["sparse"],
-        dense_bytes=bytes_per_step(arms.dense, arms, depth, settings.batch),
-        sparse_bytes=bytes_per_step(arms.sparse, arms, depth, settings.batch, passes.layer_densities),
+        dense_bytes=bytes_per_step(arms.dense, arms, depth, batch),
+        sparse_bytes=bytes_per_step(arms.sparse, arms, depth, batch, found.layer_densities),
         bytes_per_second=memory_bandwidth(arms.mesh),
     )
 
 
-def _groups(windows: Windows, batch: int) -> list[tuple[list[jax.Array], jax.Array]]:
-    """`batch` windows at a time with the ids [B, N + 1] that follow them; a last, smaller group is left out."""
-    pairs = [*zip(windows.test, windows.following)]  # the last windows may have too few tokens after them
-    starts = range(0, len(pairs) - batch + 1, batch)
-    return [
-        ([ids for ids, _ in pairs[i : i + batch]], jnp.concatenate([after for _, after in pairs[i : i + batch]]))
-        for i in starts
-    ]
+def windows_at_once(arms: Arms, count: int, size: int) -> int:
+    """How many of `count` windows are decoded together where no time is meant: they share each read of the weights.
+
+    It depends on sizes alone, not on the free memory: sums of other batches are rounded otherwise, so that a tile or
+    two may be chosen otherwise.
+    """
+    each = 2 * KVCache.bytes_needed(arms.dense.config, 1, size, arms.cache_dtype)  # one for each arm
+    most = min(count, WINDOWS_AT_ONCE, max(AT_ONCE_BYTES // each, 1))
+    return tile_count(count, tile_count(count, most))
 
 
-def _compile(
-    models: Mapping[str, LlamaModel], params: Any, batch: int, size: int, steps: int, arms: Arms
-) -> dict[str, Decoder]:
+class _Steps(NamedTuple):
+    """Compiled steps of some models, with the parameters and the devices that they run on."""
+
+    decoders: Mapping[str, Decoder]
+    params: Any
+    mesh: Mesh
+    batch: int
+
+
+def _compile(models: Mapping[str, LlamaModel], batch: int, steps: int, size: int, arms: Arms) -> _Steps:
     """The models' steps, compiled side by side: the compiler leaves Python's lock."""
     dtype, mesh = arms.cache_dtype, steps_mesh(arms.mesh, batch)
+    params = keep_on(arms.params, mesh)
     cache = KVCache.shapes(arms.dense.config, batch, size, dtype, mesh)
 
     def compile_steps(model: LlamaModel) -> Decoder:
@@ -142,7 +159,83 @@ def _compile(
         return model.clone(kernel=kernel).compile_decode(params, cache, steps, mesh)
 
     with ThreadPoolExecutor(len(models)) as pool:
-        return dict(zip(models, pool.map(compile_steps, models.values()), strict=True))
+        decoders = dict(zip(models, pool.map(compile_steps, models.values()), strict=True))
+    return _Steps(decoders, params, mesh, batch)
+
+
+def _fill(arms: Arms, prefill: str, windows: Windows, which: Sequence[int], size: int) -> KVCache:
+    """The cache of some test windows together, as one of the prefills leaves it."""
+    outputs = (arms.prefilled(prefill, windows, i) for i in which)
+    caches = [arms.prefill[prefill].fill_cache(output, size, arms.mesh, arms.cache_dtype) for output in outputs]
+    return caches[0] if len(caches) == 1 else join_caches(caches, arms.mesh)
+
+
+class _Found(NamedTuple):
+    """What decoding the windows shows, but for time: each window's comparison by what filled the sparse arm's cache."""
+
+    compared: Mapping[str, list[Comparison]]
+    layer_densities: list[float]
+
+
+def _compare_windows(arms: Arms, programs: _Steps, windows: Windows, count: int, size: int, prefill: str) -> _Found:
+    """The first `count` windows, as many at once as the programs take; a last group is filled up with the first."""
+    comparison = compile_comparison(arms.dense, programs.mesh)
+    compared: dict[str, list[Comparison]] = {"sparse": [], "dense": []}
+    for start in range(0, count, programs.batch):
+        which = [i % count for i in range(start, start + programs.batch)]
+        following = jnp.concatenate([windows.following[i] for i in which])
+        caches = {name: _fill(arms, name, windows, which, size) for name in compared}
+        dense, sparse = _decode_group(programs, following[:, :-1], windows.test[0].size, caches)
+        targets_BN = move(following[:, 1:], programs.mesh)
+        for name, output in sparse.items():
+            result = jax.device_get(comparison(programs.params, dense.stream, output.stream, targets_BN))
+            compared[name] += [Comparison(*(np.asarray(values)[b] for values in result)) for b in range(len(which))]
+    densities = step_densities(arms.sparse, sparse[prefill].tiles, windows.test[0].size)
+    return _Found({name: found[:count] for name, found in compared.items()}, densities)
+
+
+def _decode_group(
+    programs: _Steps, ids_BN: jax.Array, depth: int, caches: dict[str, KVCache]
+) -> tuple[Decoded, dict[str, Decoded]]:
+    """The dense arm after the dense prefill, and the sparse arm after each; what the caches hold is given away."""
+    ids_BN, positions_B = move((ids_BN, np.full((programs.batch,), depth, np.int32)), programs.mesh)
+
+    def decode(arm: str, prefill: str) -> Decoded:
+        output = programs.decoders[arm](programs.params, ids_BN, positions_B, caches[prefill])
+        caches[prefill] = output.cache  # the next pass overwrites what this one wrote
+        return jax.block_until_ready(output)
+
+    return decode("dense", "dense"), {prefill: decode("sparse", prefill) for prefill in caches}
+
+
+def _time_passes(
+    programs: _Steps, ids_BN: Any, depth: int, caches: dict[str, KVCache], used: Mapping[str, str], n_runs: int
+) -> tuple[dict[str, list[float]], Decoded]:
+    """Milliseconds a step of `n_runs` passes of each program, in turn, after one that is not counted.
+
+    Args:
+      programs: what is timed.
+      ids_BN: the tokens of a pass.
+      depth: where they begin.
+      caches: given away and filled anew; each pass overwrites what the one before wrote.
+      used: the name of each program's cache.
+      n_runs: samples of each.
+
+    Returns:
+      The samples, of several processes the slowest one's, and what the last pass returned but for its cache.
+    """
+    positions_B = np.full((programs.batch,), depth, np.int32)
+    ids_BN, positions_B = move((ids_BN, positions_B), programs.mesh)
+    samples: dict[str, list[float]] = {name: [] for name in programs.decoders}
+    for i in range(n_runs + 1):
+        for name, decoder in programs.decoders.items():
+            start = time.perf_counter()
+            output = jax.block_until_ready(decoder(programs.params, ids_BN, positions_B, caches[used[name]]))
+            elapsed = (time.perf_counter() - start) * 1e3 / ids_BN.shape[1]
+            caches[used[name]] = output.cache
+            if i:
+                samples[name].append(elapsed)
+    return hosts.slowest(samples), output
 
 
 def step_kernel(model: LlamaModel, batch: int, size: int, dtype: Any) -> tuple[str, str]:
@@ -163,70 +256,6 @@ def step_kernel(model: LlamaModel, batch: int, size: int, dtype: Any) -> tuple[s
         return "xla", f"{kernel} does not take these steps: {error}"
     why = "JAX's paged attention" if kernel == decode.PAGED else ""
     return (kernel if kernel in decode.STEPS else "xla"), why
-
-
-class _Passes:
-    """Decoding passes over the same tokens: caches filled once, each pass overwriting what the one before wrote."""
-
-    def __init__(
-        self,
-        arms: Arms,
-        decoders: Mapping[str, Decoder],
-        params: Any,
-        windows: Sequence[jax.Array],
-        following: jax.Array,
-        size: int,
-    ) -> None:
-        self.arms, self.decoders, self.params = arms, decoders, params
-        self.caches = {name: self._fill(forward, windows, size) for name, forward in arms.prefill.items()}
-        positions = jnp.full((len(windows),), windows[0].size, jnp.int32)
-        self.mesh = steps_mesh(arms.mesh, len(windows))
-        self.ids_BN, self.targets_BN = (move(ids_BN, self.mesh) for ids_BN in (following[:, :-1], following[:, 1:]))
-        self.positions_B = move(positions, self.mesh)
-        self.layer_densities: list[float] = []
-
-    def _fill(self, forward: Forward, windows: Sequence[jax.Array], size: int) -> KVCache:
-        caches = [
-            forward.fill_cache(forward(self.arms.params, ids), size, self.arms.mesh, self.arms.cache_dtype)
-            for ids in windows
-        ]
-        return caches[0] if len(caches) == 1 else join_caches(caches, self.arms.mesh)
-
-    def run(self, arm: str, prefill: str, samples: list[float] | None = None) -> Decoded:
-        """One pass of an arm on what `prefill` left in its cache; adds its milliseconds a step to `samples`."""
-        start = time.perf_counter()
-        output = self.decoders[arm](self.params, self.ids_BN, self.positions_B, self.caches[prefill])
-        jax.block_until_ready(output)
-        if samples is not None:
-            samples.append((time.perf_counter() - start) * 1e3 / self.ids_BN.shape[1])
-        self.caches[prefill] = output.cache
-        return output
-
-    def warm_up(self) -> None:
-        """The first runs, which are not counted."""
-        self.run("dense", "dense")
-        self.run("sparse", "sparse")
-
-    def compare(
-        self, prefill: str, samples: Mapping[str, list[float]], comparison: Callable[..., Comparison]
-    ) -> dict[str, list[Comparison]]:
-        """What each sequence's tokens lose, [N] each, on the host, by what filled the sparse arm's cache.
-
-        The passes of the dense arm and of the sparse one after `prefill` are timed into `samples`.
-        """
-        dense = self.run("dense", "dense", samples["dense"])
-        sparse = self.run("sparse", prefill, samples["sparse"])
-        self.layer_densities = step_densities(self.arms.sparse, sparse.tiles, int(self.positions_B[0]))
-        other = "dense" if prefill == "sparse" else "sparse"
-        streams = {prefill: sparse.stream, other: self.run("sparse", other).stream}
-        return {
-            name: _by_sequence(jax.device_get(comparison(self.params, dense.stream, stream, self.targets_BN)))
-            for name, stream in streams.items()
-        }
-
-
-def _by_sequence(compared: Comparison) -> list[Comparison]:
-    return [Comparison(*(np.asarray(values)[b] for values in compared)) for b in range(len(compared.kl))]
 
 
 def step_densities(model: LlamaModel, tiles: Mapping[int, jax.Array], first_position: int) -> list[float]:
@@ -280,25 +309,12 @@ def measure_depth(arms: Arms, depth: int, batch: int, n_runs: int) -> DepthRow:
     if free is not None and needed > SPARE_MEMORY * free:
         skipped = f"needs a cache of {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         return DepthRow(depth, batch, skipped=skipped)
-    mesh = steps_mesh(arms.mesh, batch)
-    params = keep_on(arms.params, mesh)
     models = {"dense": arms.dense, "keep_all": keeping_all(arms.sparse, size), "sparse": arms.sparse}
-    decoders = _compile(models, params, batch, size, DEPTH_STEPS, arms)
-    cache = random_cache(config, batch, size, arms.cache_dtype, mesh)
-    inputs = (np.zeros((batch, DEPTH_STEPS), np.int32), np.full((batch,), depth, np.int32))
-    ids_BN, positions_B = move(inputs, mesh)
-    samples: dict[str, list[float]] = {name: [] for name in decoders}
-    tiles: Mapping[int, jax.Array] = {}
-    for i in range(n_runs + 1):
-        for name, decoder in decoders.items():
-            start = time.perf_counter()
-            output = jax.block_until_ready(decoder(params, ids_BN, positions_B, cache))
-            elapsed = (time.perf_counter() - start) * 1e3 / DEPTH_STEPS
-            cache, tiles = output.cache, output.tiles
-            if i:
-                samples[name].append(elapsed)
-    samples = hosts.slowest(samples)
-    density = float(np.mean(step_densities(arms.sparse, tiles, depth)))
+    programs = _compile(models, batch, DEPTH_STEPS, size, arms)
+    caches = {"random": random_cache(config, batch, size, arms.cache_dtype, programs.mesh)}
+    ids_BN = np.zeros((batch, DEPTH_STEPS), np.int32)
+    samples, last = _time_passes(programs, ids_BN, depth, caches, dict.fromkeys(models, "random"), n_runs)
+    density = float(np.mean(step_densities(arms.sparse, last.tiles, depth)))
     beyond = depth > config.max_position_embeddings
     return DepthRow(depth, batch, samples["dense"], samples["keep_all"], samples["sparse"], density, beyond)
 
@@ -311,14 +327,15 @@ def keeping_all(model: LlamaModel, size: int) -> LlamaModel:
 
 
 def random_cache(config: Any, batch: int, size: int, dtype: Any, mesh: Mesh) -> KVCache:
-    """Normally distributed keys and values; the same in every layer's shape, but not the same arrays."""
-    rng = np.random.default_rng(0)
+    """Normally distributed keys and values, those of every layer the same numbers in memory of their own."""
     shapes = KVCache.shapes(config, batch, size, dtype, mesh)
+    rng, array = np.random.default_rng(0), shapes.layers[0][0]
+    drawn = [rng.standard_normal(array.shape, np.float32).astype(array.dtype) for _ in range(2)]
 
-    def random(x: jax.ShapeDtypeStruct) -> jax.Array:
-        return place(rng.standard_normal(x.shape, np.float32).astype(x.dtype), mesh, x.sharding.spec)
+    def placed(numbers: np.ndarray) -> jax.Array:
+        return place(numbers.copy(), mesh, array.sharding.spec)  # a CPU's device would share what it is given
 
-    return jax.tree.map(random, shapes)
+    return KVCache(tuple(tuple(map(placed, drawn)) for _ in shapes.layers))
 
 
 # --- Greedy continuations ---
@@ -327,9 +344,7 @@ def random_cache(config: Any, batch: int, size: int, dtype: Any, mesh: Mesh) -> 
 def generate(arms: Arms, window: jax.Array, steps: int, prefill: str) -> Generated:
     """The greedy continuation of a window by both arms; `prefill` fills the sparse arm's cache."""
     size = cache_size(arms.dense, window.size + steps)
-    mesh = steps_mesh(arms.mesh, 1)
-    params = keep_on(arms.params, mesh)
-    decoders = _compile({"dense": arms.dense, "sparse": arms.sparse}, params, 1, size, steps, arms)
+    decoders, params, mesh, _ = _compile({"dense": arms.dense, "sparse": arms.sparse}, 1, steps, size, arms)
     tokens = {}
     for name, forward in (("dense", arms.prefill["dense"]), ("sparse", arms.prefill[prefill])):
         output = forward(arms.params, window)

@@ -19,16 +19,19 @@ from network.programs import Forward, Output
 from report.results import LongContext
 
 
-def run_windows(forward: Forward, params: Any, windows: Sequence[jax.Array]) -> list[Output]:
+def run_windows(forward: Forward, params: Any, windows: Sequence[jax.Array], keep_keys: bool = False) -> list[Output]:
     """The forward of each window, int32 [1, T], as many at once as it takes.
 
-    The outputs are on the host, but for streams that several processes share.
+    The outputs are on the host, but for streams that several processes share, and for keys and values, which are left
+    out unless `keep_keys`.
     """
     outputs: list[Output] = []
     for i in range(0, len(windows), forward.batch):
         ids_BT = jnp.concatenate(windows[i : i + forward.batch])
         output = forward(params, ids_BT)
         together = Output(fetch(output.nll), output.fetch_tiles(), on_host_or_shared(output.stream), None)
+        if keep_keys:
+            together = together._replace(keys_values=output.keys_values)
         outputs += [jax.tree.map(lambda x, b=b: x[b : b + 1], together) for b in range(len(ids_BT))]
     return outputs
 

@@ -21,6 +21,7 @@ from llama_model import LlamaConfig, LlamaModel, load_weights
 from measure import decoding
 from measure.decoding import Arms
 from measure.machine import configure_device
+from measure.quality import run_windows
 from measure.settings import Settings
 from measure.texts import Windows, load_windows
 from network.cache import KVCache
@@ -227,6 +228,48 @@ def test_the_prefill_says_what_fills_the_sparse_arms_cache_and_the_other_is_repo
 def test_every_arm_has_a_sample_of_each_group_and_n_runs_in_all(found):
     samples = {key: (len(result.dense_ms), len(result.sparse_ms)) for key, result in found.items()}
     assert samples == {(1, "sparse"): (4, 4), (2, "dense"): (4, 4)}  # three groups and one more pass; one group, four
+
+
+def same_losses(got, expected):
+    return all(np.array_equal(*pair) for a, b in zip(got, expected, strict=True) for pair in zip(a, b, strict=True))
+
+
+def test_kept_prefills_are_decoded_with_and_not_computed_again(arms, windows, found):
+    outputs = {
+        name: run_windows(forward, arms.params, windows.test, keep_keys=True) for name, forward in arms.prefill.items()
+    }
+    broken = {name: dataclasses.replace(forward, begin=None) for name, forward in arms.prefill.items()}
+    settings = Settings(ROWS, seq_len=DEPTH, n_runs=1, batch=1)
+    kept = decoding.decode_windows(dataclasses.replace(arms, prefill=broken, outputs=outputs), windows, settings)
+    assert same_losses(kept.compared, found[1, "sparse"].compared)
+    assert same_losses(kept.compared_other_prefill, found[1, "sparse"].compared_other_prefill)
+
+
+def test_how_many_windows_are_decoded_together_changes_no_number(arms, windows, found, monkeypatch):
+    """Two at once of three: the second group is filled up with the first window, which is counted once."""
+    monkeypatch.setattr(decoding, "WINDOWS_AT_ONCE", 2)
+    settings = Settings(ROWS, seq_len=DEPTH, n_runs=1, batch=1)
+    again = decoding.decode_windows(arms, windows, settings)
+    for got, expected in zip(again.compared, found[1, "sparse"].compared, strict=True):
+        np.testing.assert_allclose(got.sparse_nll, expected.sparse_nll, atol=2e-6)
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [(2**30, 6), (4 * 11520, 4), (1, 1)])
+def test_as_many_windows_are_decoded_together_as_are_small_enough_in_groups_of_one_size(
+    arms, allowed, expected, monkeypatch
+):
+    """Eleven windows; a cache of one takes three layers of 12 tokens, 2 KV heads of width 10, keys and values, twice."""
+    monkeypatch.setattr(decoding, "AT_ONCE_BYTES", allowed)
+    assert 2 * KVCache.bytes_needed(CONFIG, 1, 12, jnp.float32) == 11520
+    assert decoding.windows_at_once(arms, 11, 12) == expected
+
+
+def test_prefills_are_kept_where_they_are_small_enough(arms, windows, monkeypatch):
+    needed = 2 * KVCache.bytes_needed(CONFIG, len(windows.test), DEPTH, jnp.float32)
+    monkeypatch.setattr(decoding, "AT_ONCE_BYTES", needed)
+    assert decoding.keeps_prefills(arms.dense, windows.test)
+    monkeypatch.setattr(decoding, "AT_ONCE_BYTES", needed - 1)
+    assert not decoding.keeps_prefills(arms.dense, windows.test)
 
 
 def test_bytes_and_densities_are_counted(arms, found):
