@@ -195,6 +195,24 @@ def select_tiles(scores_BKQP: jax.Array, selection: Selection, query_tiles_Q: ja
     return jnp.where(kept_ZQC, tiles_ZQC, NO_TILE).astype(jnp.int32).reshape(*leading, Q, -1)
 
 
+def select_step_tiles(mass_ZP: jax.Array, selection: Selection, positions_B: jax.Array) -> jax.Array:
+    """The tiles of one new token a sequence, whose query tile is its own row, all of whose attention is seen.
+
+    Args:
+      mass_ZP: float, attention mass of each key tile, pooled over a KV head's query heads.
+      selection: of prefill.
+      positions_B: int32, the place of each new token.
+
+    Returns:
+      tiles_BK1C, as `select_tiles`.
+    """
+    rule = dataclasses.replace(selection, query_tile=1, anchor_scoring=EXACT)
+    (Z, P), B = mass_ZP.shape, positions_B.shape[0]
+    return jax.vmap(lambda mass_K1P, position: select_tiles(mass_K1P, rule, position[None]))(
+        mass_ZP.reshape(B, Z // B, 1, P), positions_B
+    )
+
+
 def cut_tiles(tiles_BKQC: jax.Array, budgets: Sequence[int]) -> jax.Array:
     """The first budgets[k] tiles of each KV head k, best first still; C is the largest budget."""
     return keep_first(tiles_BKQC[..., : max(budgets)], np.array(budgets))

@@ -12,7 +12,6 @@ In every other case, and on other devices, steps are XLA's.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -22,15 +21,10 @@ import jax.numpy as jnp
 from attention import gpu, gpu_decode, tpu
 from attention.xla import UNSEEN, matmul
 from errors import UnsupportedError
-from kascade_core import EXACT, NO_TILE, Selection, select_tiles, visible
+from kascade_core import NO_TILE, Selection, select_step_tiles, visible
 
 PAGED, ON_GPU = "pallas_tpu", "pallas_gpu"
 STEPS = {PAGED: ("tpu", tpu), ON_GPU: ("cuda", gpu_decode)}  # the platform and the module of each kernel's steps
-
-
-def step_selection(selection: Selection) -> Selection:
-    """The selection of a step: a query tile of one row, all of whose attention is seen."""
-    return dataclasses.replace(selection, query_tile=1, anchor_scoring=EXACT)
 
 
 def check(kernel: str | None, selection: Selection, cache_shape: tuple[int, int, int], dtype: Any) -> None:
@@ -93,16 +87,12 @@ def choose_step(
 def _choose_step(
     q_BNH: jax.Array, k_ZSH: jax.Array, positions_B: jax.Array, selection: Selection
 ) -> tuple[jax.Array, jax.Array]:
-    (Z, S, _), B, M = k_ZSH.shape, q_BNH.shape[0], selection.tile_size
+    S, M = k_ZSH.shape[1], selection.tile_size
     scores_ZGS = _causal_scores(q_BNH, k_ZSH, positions_B, selection.window)
     weights_ZGS = jnp.exp(scores_ZGS - scores_ZGS.max(-1, keepdims=True))
     mass_ZGP = weights_ZGS.reshape(*weights_ZGS.shape[:2], S // M, M).sum(-1)
     mass_ZP = (mass_ZGP / mass_ZGP.sum(-1, keepdims=True)).sum(1)
-    rule = step_selection(selection)
-    tiles_BK1C = jax.vmap(lambda mass_K1P, position: select_tiles(mass_K1P, rule, position[None]))(
-        mass_ZP.reshape(B, Z // B, 1, S // M), positions_B
-    )
-    return tiles_BK1C, scores_ZGS
+    return select_step_tiles(mass_ZP, selection, positions_B), scores_ZGS
 
 
 def anchor_step(scores_ZGS: jax.Array, v_ZSH: jax.Array, tiles_BK1C: jax.Array, selection: Selection) -> jax.Array:

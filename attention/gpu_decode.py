@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from attention.gpu import LEAST, LEAST_ROWS, LOG2_E, on_gpu_or_interpreted
-from kascade_core import EXACT, NO_TILE, Selection, select_tiles, tile_count, visible
+from kascade_core import NO_TILE, Selection, select_step_tiles, tile_count, visible
 
 KEYS = 64  # read in one step
 SCORE_KEYS = 128  # of a program that scores: a whole tile of any size
@@ -149,7 +149,7 @@ def _attend_kernel(positions_ref, tiles_ref, q_ref, k_ref, v_ref, out_ref, top_r
 
 def choose_step(q_BNH: jax.Array, k_ZSH: jax.Array, positions_B: jax.Array, selection: Selection) -> jax.Array:
     """tiles_BK1C, as `attention.decode.choose_step`."""
-    (Z, S, H), B, M = k_ZSH.shape, q_BNH.shape[0], selection.tile_size
+    (Z, S, H), M = k_ZSH.shape, selection.tile_size
     sizes, blocks = _Step.of(q_BNH, k_ZSH, None, M, selection.window), tile_count(S, SCORE_KEYS)
     shapes = [(Z * blocks * (SCORE_KEYS // M), sizes.R), (Z * blocks, sizes.R)]
 
@@ -172,10 +172,7 @@ def choose_step(q_BNH: jax.Array, k_ZSH: jax.Array, positions_B: jax.Array, sele
     top = top.reshape(Z, blocks, 1, sizes.R)[..., : sizes.G]
     mass = mass.reshape(Z, blocks, -1, sizes.R)[..., : sizes.G] * jnp.exp2(top - top.max((1, 2), keepdims=True))
     mass_ZP = (mass / mass.sum((1, 2), keepdims=True)).sum(-1).reshape(Z, -1)[:, : S // M]
-    rule = dataclasses.replace(selection, query_tile=1, anchor_scoring=EXACT)
-    return jax.vmap(lambda mass_K1P, position: select_tiles(mass_K1P, rule, position[None]))(
-        mass_ZP.reshape(B, Z // B, 1, S // M), positions_B
-    )
+    return select_step_tiles(mass_ZP, selection, positions_B)
 
 
 def _score_kernel(positions_ref, q_ref, k_ref, mass_ref, top_ref, *, sizes: _Step):

@@ -25,7 +25,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -342,6 +342,20 @@ def describe_ceilings(dtype: Any) -> str:
     )
 
 
+def print_table(
+    description: str, columns: Sequence[str], rows: Iterable[tuple[str, str]], file: Path | None = None
+) -> None:
+    """Prints rows as they are measured, each one's errors in words on stderr; writes the table to the file at last."""
+    parts = [f"{description}\n", "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns)]
+    print("\n".join(parts), flush=True)
+    for row, exactness in rows:
+        parts.append(row)
+        print(row, flush=True)
+        print(exactness, file=sys.stderr, flush=True)
+    if file:
+        file.write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -368,6 +382,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def measure_rows(cases: Iterable[AttentionCase], n_runs: int) -> Iterator[tuple[str, str]]:
+    """Checks and times one length after the other: its rows, and its errors in words."""
+    for case in cases:
+        times, tiles, exactness = time_programs(case, n_runs)
+        yield format_case(case, times, tiles), exactness
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks and times one length after the other."""
     args = parse_args(argv)
@@ -378,18 +399,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         kernel, why = pick_kernel(args.kernel, args.device, selection, *sizes)
         dense, _ = pick_kernel("auto", args.device, Selection(tile_size=128), *sizes)
         dense_name = "cuDNN's" if dense == "pallas_gpu" else f"{dense}'s"
-        parts = [describe_table(args, device, f"{kernel} ({why})", dense_name) + "\n"]
-        names = "tokens", "", "density", "ms", "of dense", "TFLOP/s", "GB/s", "weighted speedup"
-        parts.append("| " + " | ".join(names) + " |" + "\n|" + "---|" * len(names))
-        print("\n".join(parts), flush=True)
-        for length in args.seq_len:
-            case = AttentionCase(heads, length, selection, args.dtype, kernel, dense)
-            times, tiles, exactness = time_programs(case, args.n_runs)
-            parts.append(format_case(case, times, tiles))
-            print(parts[-1], flush=True)
-            print(exactness, file=sys.stderr, flush=True)
-        if args.markdown:
-            args.markdown.write_text("\n".join(parts) + "\n", encoding="utf-8")
+        description = describe_table(args, device, f"{kernel} ({why})", dense_name)
+        columns = "tokens", "", "density", "ms", "of dense", "TFLOP/s", "GB/s", "weighted speedup"
+        cases = (AttentionCase(heads, length, selection, args.dtype, kernel, dense) for length in args.seq_len)
+        print_table(description, columns, measure_rows(cases, args.n_runs), args.markdown)
     return 0
 
 

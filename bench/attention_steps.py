@@ -23,7 +23,7 @@ import dataclasses
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,12 @@ from attention.sharding import compile_ahead
 from bench.attention import (
     ANCHORS,
     CACHE_BYTES,
+    FLASH,
     LOST_MASS,
     SHAPES,
     describe_ceilings,
     flash_attention,
+    print_table,
     queue_calls,
     spread_of,
     weighted_speedups,
@@ -127,7 +129,7 @@ class StepCase:
                 options = {"cache_seqlens": lengths_B, "num_splits": parts}
                 return module.flash_mha_with_kvcache(q_BNH[:, None], k_BSKH, v_BSKH, **options)[:, 0]
 
-            steps["dense, FlashAttention-3"] = flash
+            steps[FLASH] = flash
         return steps
 
 
@@ -254,6 +256,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def measure_rows(cases: Iterable[StepCase], n_runs: int) -> Iterator[tuple[str, str]]:
+    """Checks and times one depth after the other: its rows, and its errors in words."""
+    for case in cases:
+        times, tiles, exactness = time_steps(case, n_runs)
+        yield format_case(case, times, tiles), exactness
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks and times one depth after the other."""
     args = parse_args(argv)
@@ -265,22 +274,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for depth in args.depth:
             decode.check(kernel, selection, (args.batch * heads[1], depth, heads[2]), args.dtype)
         (N, K, H), ceilings = heads, describe_ceilings(args.dtype)
-        parts = [
+        description = (
             f"{args.shape}: {N} query and {K} KV heads of width {H}; {device.device_kind}, {args.dtype}, {kernel} "
             f"({why}); tile {args.tile_size}, Top-K {args.density:.0%} of the tiles; n = {args.n_runs} interleaved "
-            f"rounds, median [min, max] of a step. GB/s of the keys and values that a step needs. {ceilings}\n"
-        ]
-        names = "depth", "batch", "", "density", "us", "of the fastest dense", "GB/s", "weighted speedup"
-        parts.append("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
-        print("\n".join(parts), flush=True)
-        for depth in args.depth:
-            case = StepCase(heads, depth, args.batch, selection, args.dtype, kernel)
-            times, tiles, exactness = time_steps(case, args.n_runs)
-            parts.append(format_case(case, times, tiles))
-            print(parts[-1], flush=True)
-            print(exactness, file=sys.stderr, flush=True)
-        if args.markdown:
-            args.markdown.write_text("\n".join(parts) + "\n", encoding="utf-8")
+            f"rounds, median [min, max] of a step. GB/s of the keys and values that a step needs. {ceilings}"
+        )
+        columns = "depth", "batch", "", "density", "us", "of the fastest dense", "GB/s", "weighted speedup"
+        cases = (StepCase(heads, depth, args.batch, selection, args.dtype, kernel) for depth in args.depth)
+        print_table(description, columns, measure_rows(cases, args.n_runs), args.markdown)
     return 0
 
 
