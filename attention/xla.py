@@ -1,10 +1,13 @@
 """Dense, anchor and reuse attention in plain JAX, for every device, dtype and size.
 
-All functions take padded inputs and a layout; see `attention`, whose functions they implement.
+All functions take padded inputs and a layout; see `attention`, whose functions they implement. Products of queries and
+keys are scaled where they become exponents: 2^((product - the row's largest) * head_dim^-0.5 * log2(e)).
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +19,8 @@ from attention.sharding import Layout
 from kascade_core import NO_TILE, Selection, select_tiles, tile_count, visible
 
 LEAST_TILE = 1  # tokens of which dense attention's blocks are a multiple
-UNSEEN = -1e30  # a masked score: finite, since a window may hide a row's whole first block of keys
-KEYS_AT_ONCE = 2048  # gathered keys in one step of reuse: enough to fill the products, few enough for a core's cache
+UNSEEN = -1e30  # a masked product: finite, since a window may hide a row's whole first block of keys
+KEYS_AT_ONCE = 1024  # gathered keys in one step of reuse: enough to fill the products, few enough for a core's cache
 
 
 def check(
@@ -37,6 +40,49 @@ def matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
+# --- Softmax ---
+
+# 2^f = 1 + c1 f + ... + c5 f^5 for f from -1/2 to 1/2, fitted for the least relative error, 1e-7.
+EXP2_COEFFICIENTS = (0.69314700, 0.24022242, 0.055507336, 0.0096715130, 0.0013264727)
+INTEGERS = 1.5 * 2**23  # where float32 counts in ones
+
+
+def _exp2(x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """2^x for float32 x <= 0, in `dtype`.
+
+    XLA's CPU compiler takes twice the instructions for the power, and as many again to round it to bfloat16: together
+    they were half of dense attention.
+    """
+    own = functools.partial(_cpu_exp2, dtype=dtype)
+    return lax.platform_dependent(x, cpu=own, default=lambda x: jnp.exp2(x).astype(dtype))
+
+
+def _cpu_exp2(x: jax.Array, dtype: Any) -> jax.Array:
+    """The fraction's power by a polynomial, and the whole part in the exponent's bits; exactly 0 from -127 down."""
+    x = jnp.maximum(x, -127.0)
+    whole = jnp.round(x)
+    fraction = x - whole
+    power = jnp.zeros_like(x)
+    for coefficient in reversed(EXP2_COEFFICIENTS):
+        power = (power + coefficient) * fraction
+    whole_bits = lax.bitcast_convert_type(whole + INTEGERS, jnp.int32)  # end in the whole part; a cast checks its range
+    bits = lax.bitcast_convert_type(power + 1, jnp.int32) + (whole_bits << 23)
+    if dtype != jnp.bfloat16:
+        return lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
+    return lax.bitcast_convert_type(((bits + 2**15) >> 16).astype(jnp.int16), jnp.bfloat16)
+
+
+def _exponent(products: jax.Array, largest: jax.Array, head_dim: int) -> jax.Array:
+    """The base-2 logarithm of softmax's weights before they are normalised."""
+    return (products - largest) * (head_dim**-0.5 * math.log2(math.e))
+
+
+def _weights(products_RW: jax.Array, largest_R: jax.Array, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Each row's weights in `dtype`, for the product with the values, and their float32 sum."""
+    weights_RW = _exp2(_exponent(products_RW, largest_R[:, None], head_dim), dtype)
+    return weights_RW, weights_RW.sum(-1, dtype=jnp.float32)  # of what is written anyway
+
+
 # --- Dense ---
 
 
@@ -46,26 +92,29 @@ def dense(
     """Online softmax over square blocks on and below the diagonal (Milakov & Gimelshein, arXiv 1805.02867)."""
     B, K, H, S = k_BKHS.shape
     R = layout.block
-    k_ZHS, v_ZSH = k_BKHS.reshape(B * K, H, S), v_BKSH.reshape(B * K, S, H)
+    k_ZHS, v_ZSH = _as_bits(k_BKHS.reshape(B * K, H, S)), _as_bits(v_BKSH.reshape(B * K, S, H))
 
     def attend(block: jax.Array, head: jax.Array, q_GRH: jax.Array) -> jax.Array:
-        def step(key_block, carry, masked):
-            top, total, out = carry
-            k_HW = lax.dynamic_slice(k_ZHS, (head, 0, key_block * R), (1, H, R))[0]
-            scores = matmul("GRH,HW->GRW", q_GRH, k_HW) * H**-0.5
-            if masked:
-                row_R1, key_1W = block * R + jnp.arange(R)[:, None], key_block * R + jnp.arange(R)[None]
-                scores = jnp.where(visible(row_R1, key_1W, window)[None], scores, UNSEEN)
-            new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.exp(scores - new_top[..., None])
-            shrink = jnp.exp(top - new_top)
-            v_WH = lax.dynamic_slice(v_ZSH, (head, key_block * R, 0), (1, R, H))[0]
-            values = matmul("GRW,WH->GRH", weights.astype(v_WH.dtype), v_WH)
-            return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + values
+        q_RH = q_GRH.reshape(-1, H)  # the rows of each query head one after another
+        place_R = jnp.tile(block * R + jnp.arange(R), len(q_GRH))
 
-        empty = (jnp.full(q_GRH.shape[:-1], -jnp.inf), jnp.zeros(q_GRH.shape[:-1]), jnp.zeros(q_GRH.shape))
-        _, total, out = _fold_causal(step, block, empty, R, window)
-        return (out / total[..., None]).astype(q_GRH.dtype)
+        def step(key_block, carry, masked):
+            largest_R, total_R, out_RH = carry
+            k_HW = _from_bits(lax.dynamic_slice(k_ZHS, (head, 0, key_block * R), (1, H, R))[0], k_BKHS.dtype)
+            v_WH = _from_bits(lax.dynamic_slice(v_ZSH, (head, key_block * R, 0), (1, R, H))[0], v_BKSH.dtype)
+            products_RW = matmul("RH,HW->RW", q_RH, k_HW)
+            if masked:
+                key_W = key_block * R + jnp.arange(R)
+                products_RW = jnp.where(visible(place_R[:, None], key_W[None], window), products_RW, UNSEEN)
+            new_R = jnp.maximum(largest_R, products_RW.max(-1))
+            shrink_R = _exp2(_exponent(largest_R, new_R, H))
+            weights_RW, sum_R = _weights(products_RW, new_R, H, v_WH.dtype)
+            values_RH = matmul("RW,WH->RH", weights_RW, v_WH)
+            return new_R, total_R * shrink_R + sum_R, out_RH * shrink_R[:, None] + values_RH
+
+        empty = (jnp.full(place_R.shape, -jnp.inf), jnp.zeros(place_R.shape), jnp.zeros(q_RH.shape))
+        _, total_R, out_RH = _fold_causal(step, block, empty, R, window)
+        return (out_RH / total_R[:, None]).reshape(q_GRH.shape).astype(q_GRH.dtype)
 
     return _ungroup(_map_heads(attend, layout.local_blocks(), q_BTNH, K))
 
@@ -90,7 +139,7 @@ def score(q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: La
 def _score_blocks(
     q_BTNH: jax.Array, k_BKHS: jax.Array, selection: Selection, layout: Layout, finish: Callable
 ) -> jax.Array:
-    """One pass over the keys: sums exp(score) tile by tile under each block's own maximum, rescaled at the end.
+    """One pass over the keys: sums weights tile by tile under each block's own maximum, rescaled at the end.
 
     A row is a column here, so that a tile's keys are added up in vectors of rows (on CPUs an eighth faster).
     Returns finish(scores_QP, query_tiles_Q) of every KV head and block, along one axis of query tiles.
@@ -98,7 +147,7 @@ def _score_blocks(
     B, K, H, S = k_BKHS.shape
     R, M, Y = layout.block, selection.tile_size, selection.query_tile
     Q, num_tiles = R // Y, tile_count(layout.length, M)  # query tiles of one block, key tiles with real tokens
-    k_ZSH = k_BKHS.reshape(B * K, H, S).swapaxes(1, 2)
+    k_ZSH = _as_bits(k_BKHS.reshape(B * K, H, S).swapaxes(1, 2))
     rows_QR = jnp.arange(Q)[:, None] * Y + selection.scored_rows()[None]  # all of a block's rows, or a sample
     rows_R = rows_QR.reshape(-1)
 
@@ -109,14 +158,14 @@ def _score_blocks(
         place_R = jnp.tile(block * R + rows_R, G)
 
         def step(key_block, carry, masked):
-            tops, mass_PR = carry  # of each row: its largest score in every block of keys, its mass in every tile
-            k_WH = lax.dynamic_slice(k_ZSH, (head, key_block * R, 0), (1, R, H))[0]
-            scores = matmul("WH,RH->WR", k_WH, q_RH) * H**-0.5
+            tops, mass_PR = carry  # of each row: its largest product in every block of keys, its mass in every tile
+            k_WH = _from_bits(lax.dynamic_slice(k_ZSH, (head, key_block * R, 0), (1, R, H))[0], k_BKHS.dtype)
+            products = matmul("WH,RH->WR", k_WH, q_RH)
             if masked:
                 key_W1 = key_block * R + jnp.arange(R)[:, None]
-                scores = jnp.where(visible(place_R[None], key_W1, selection.window), scores, UNSEEN)
-            top = scores.max(0, keepdims=True)
-            mass = jnp.exp(scores - top).reshape(R // M, M, -1).sum(1)
+                products = jnp.where(visible(place_R[None], key_W1, selection.window), products, UNSEEN)
+            top = products.max(0, keepdims=True)
+            mass = _exp2(_exponent(products, top, H)).reshape(R // M, M, -1).sum(1)
             return (
                 lax.dynamic_update_slice_in_dim(tops, top, key_block, 0),
                 lax.dynamic_update_slice_in_dim(mass_PR, mass, key_block * (R // M), 0),
@@ -124,7 +173,7 @@ def _score_blocks(
 
         empty = (jnp.full((S // R, len(place_R)), -jnp.inf), jnp.zeros((S // M, len(place_R))))
         tops, mass_PR = _fold_causal(step, block, empty, R, selection.window)
-        mass_PR *= jnp.repeat(jnp.exp(tops - tops.max(0, keepdims=True)), R // M, axis=0)
+        mass_PR *= jnp.repeat(_exp2(_exponent(tops, tops.max(0, keepdims=True), H)), R // M, axis=0)
         share_R = jnp.where(place_R < layout.length, 1 / mass_PR.sum(0), 0)  # rows of padding choose nothing
         share_PR = mass_PR * share_R[None]
         scores_PQ = share_PR.reshape(S // M, G, Q, -1).sum((1, 3))[:num_tiles]
@@ -144,24 +193,36 @@ def reuse(
     B, K, H, S = k_BKHS.shape
     M, Y, C = selection.tile_size, selection.query_tile, tiles_BKQC.shape[-1]
     P = S // M
-    k_tiles = k_BKHS.transpose(0, 1, 3, 2).reshape(B * K * P, M, H)  # rows, so that gathering a tile copies one piece
-    v_tiles = v_BKSH.reshape(B * K * P, M, H)
+    k_tiles, v_tiles = (_as_bits(x.reshape(B * K * P, M * H)) for x in (k_BKHS.swapaxes(2, 3), v_BKSH))
     query_tiles_Q = layout.local_positions()[::Y] // Y
+    # Of each chosen tile its index and its first key, computed before the loop: inside, XLA would compute them anew for
+    # every number beside them. An unused slot begins behind all rows.
+    is_used = tiles_BKQC != NO_TILE
+    index_BKQC = jnp.arange(B * K).reshape(B, K, 1, 1) * P + jnp.where(is_used, tiles_BKQC, 0)
+    start_BKQC = jnp.where(is_used, tiles_BKQC * M, S)
 
-    def attend(query_tile: jax.Array, head: jax.Array, q_GRH: jax.Array, tiles_C: jax.Array) -> jax.Array:
-        used_C1 = (tiles_C != NO_TILE)[:, None]
-        index_C = head * P + jnp.where(used_C1[:, 0], tiles_C, 0)
-        k_WH, v_WH = (x.at[index_C].get(mode="promise_in_bounds").reshape(C * M, H) for x in (k_tiles, v_tiles))
-        key_W = jnp.where(used_C1, tiles_C[:, None] * M + jnp.arange(M)[None], NO_TILE).reshape(-1)
-        place_R = jnp.tile(query_tile * Y + jnp.arange(Y), len(q_GRH))  # the rows of each query head one after another
-        scores = matmul("RH,WH->RW", q_GRH.reshape(-1, H), k_WH) * H**-0.5
-        scores = jnp.where(visible(place_R[:, None], key_W[None], selection.window), scores, -jnp.inf)
-        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-        out = matmul("RW,WH->RH", weights.astype(v_WH.dtype), v_WH)
-        return (out / weights.sum(-1, keepdims=True)).reshape(q_GRH.shape).astype(q_GRH.dtype)
+    def attend(
+        query_tile: jax.Array, _: jax.Array, q_GRH: jax.Array, index_C: jax.Array, start_C: jax.Array
+    ) -> jax.Array:
+        gathered = [x.at[index_C].get(mode="promise_in_bounds") for x in (k_tiles, v_tiles)]
+
+        def attend_to(k_tiles_C: jax.Array, v_tiles_C: jax.Array) -> jax.Array:
+            k_WH, v_WH = (_from_bits(x.reshape(C * M, H), v_BKSH.dtype) for x in (k_tiles_C, v_tiles_C))
+            key_W = (start_C[:, None] + jnp.arange(M)[None]).reshape(-1)
+            place_R = jnp.tile(query_tile * Y + jnp.arange(Y), len(q_GRH))  # of each query head one after another
+            products_RW = matmul("RH,WH->RW", q_GRH.reshape(-1, H), k_WH)
+            products_RW = jnp.where(visible(place_R[:, None], key_W[None], selection.window), products_RW, UNSEEN)
+            largest_R = jnp.maximum(products_RW.max(-1), UNSEEN)  # a bare `max` would take a part of `_weights` with it
+            weights_RW, total_R = _weights(products_RW, largest_R, H, v_WH.dtype)
+            out_RH = matmul("RW,WH->RH", weights_RW, v_WH)
+            return (out_RH / total_R[:, None]).reshape(q_GRH.shape).astype(q_GRH.dtype)
+
+        # A branch of its own: without one XLA reshapes while it gathers, and copies number by number, not in vectors.
+        is_padding = query_tile >= tile_count(layout.length, Y)
+        return lax.cond(is_padding, lambda *_: jnp.zeros_like(q_GRH), attend_to, *gathered)
 
     at_once = max(KEYS_AT_ONCE // (C * M), 1)
-    return _ungroup(_map_heads(attend, query_tiles_Q, q_BTNH, K, tiles_BKQC, at_once=at_once))
+    return _ungroup(_map_heads(attend, query_tiles_Q, q_BTNH, K, index_BKQC, start_BKQC, at_once=at_once))
 
 
 # --- Blocks and heads ---
@@ -190,7 +251,8 @@ def _map_heads(
         block, head, q_GRH, *more = args
         return _as_bits(attend(block, head, _from_bits(q_GRH, q_BTNH.dtype), *more))
 
-    out = lax.map(one, (blocks_J[step // (B * K)], step % (B * K), *each), batch_size=together)
+    batch_size = together if together > 1 else None  # a batch of one would have loops inside keep or take each result
+    out = lax.map(one, (blocks_J[step // (B * K)], step % (B * K), *each), batch_size=batch_size)
     out = _from_bits(out, q_BTNH.dtype)
     return jnp.moveaxis(out.reshape(J, B, K, *out.shape[1:]), 0, 2)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import attention
-from attention import KERNELS, gpu, tpu_small
+from attention import KERNELS, gpu, tpu_small, xla
 from attention.sharding import Layout, compile_ahead, pad_axis
 from errors import UnsupportedError
 from kascade_core import EXACT, FAST, NO_TILE, Selection, cut_tiles, select_tiles, tile_count
@@ -396,6 +396,20 @@ def test_the_future_changes_no_earlier_bit(kind, kernel, shape):
     assert same[:, :cut].all()
     kept = np.any if q.dtype == np.float32 else np.all  # numbers of two bytes can be equal by chance
     assert not kept(same[:, cut:], axis=(0, 2, 3)).any()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-7), (jnp.bfloat16, 2**-8)])
+def test_softmaxs_own_power_of_two_is_numpys(dtype, tolerance):
+    x = np.concatenate([-np.geomspace(1e-9, 125, 100_000), [-0.5, -1.5, -125.5]]).astype(np.float32)
+    found = np.asarray(jax.jit(lambda x: xla._exp2(x, dtype))(x)).astype(np.float64)
+    np.testing.assert_allclose(found, np.exp2(x.astype(np.float64)), rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_largest_score_weighs_one_a_masked_one_nothing_and_nan_stays(dtype):
+    x = jnp.array([0, -127, -1e4, xla.UNSEEN, -jnp.inf, jnp.nan], jnp.float32)
+    found = np.asarray(jax.jit(lambda x: xla._exp2(x, dtype))(x)).astype(np.float32)
+    np.testing.assert_array_equal(found, [1, 0, 0, 0, 0, np.nan])
 
 
 @pytest.mark.parametrize("kind", ["dense", "reuse"])
