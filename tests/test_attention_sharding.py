@@ -180,12 +180,15 @@ def test_without_a_mesh_nothing_is_split():
 
 @pytest.mark.parametrize("mesh", [None, "mesh"])
 def test_cpu_programs_are_compiled_with_its_options(mesh, monkeypatch):
-    """Their effect is on memory, at lengths that no quick test reaches."""
+    """Their effect is on memory, at lengths that no quick test reaches, and on time."""
     asked = []
     jit = jax.jit
     monkeypatch.setattr(jax, "jit", lambda function, **options: asked.append(options) or jit(function, **options))
     assert compile_ahead(jnp.sin, (jnp.ones(3),), mesh and make_mesh(jax.devices()))(jnp.ones(3)).shape == (3,)
-    assert asked[0]["compiler_options"] == {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    assert asked[0]["compiler_options"] == {
+        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+        "xla_cpu_prefer_vector_width": "512",
+    }
 
 
 class Chip(NamedTuple):

@@ -268,14 +268,6 @@ def test_cpu_devices_share_the_weights_memory(folders):
 # --- Compiling ---
 
 
-def test_a_cpus_programs_are_scheduled_for_memory(monkeypatch):
-    given = []
-    monkeypatch.setattr(jax, "jit", lambda function, **options: given.append(options["compiler_options"]))
-    sharding.jit(abs, make_mesh(jax.devices()[:2]))
-    sharding.jit(abs)
-    assert given == [{"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}] * 2
-
-
 LLAMA3 = dict(vocab_size=128256, max_position_embeddings=131072, rope_theta=5e5)
 REAL_SHAPES = {  # parameters as published
     "llama-3.2-1b": (1_235_814_400, dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
