@@ -12,7 +12,6 @@ from synthetic import HF_CONFIGS, token_ids
 
 import kascade_core as core
 import llama_model
-from attention import sharding
 from attention.sharding import Layout, make_mesh
 from errors import InputError
 from kascade_core import ANCHOR, DENSE, KASCADE_CACHE, REUSE, LayerPlan, Selection, compute_perplexity, perplexity_of
