@@ -21,7 +21,7 @@ from attention.sharding import Layout, pad_axis
 from attention.xla import matmul
 from kascade_core import LayerPlan, Selection, freeze_schedule
 from network.cache import KVCache
-from network.layers import Block, linear, matrix_init, rms_norm, rope_table, two_rows
+from network.layers import Block, linear, matrix_init, rms_norm, rope_table
 from network.programs import Decoder, Forward, ForwardBuilder, compile_steps
 from weights.config import LlamaConfig, RopeScaling
 from weights.folder import Manifest, read_chunks
@@ -63,8 +63,20 @@ def load_weights(
     )
     placed = {}
     for name, chunk in chunks:
-        placed[name] = shards.place_chunk(name, jax.tree.map(lambda leaf: _as_stored(leaf, dtype), chunk), mesh)
+        placed[name] = shards.place_chunk(name, _as_parameters(chunk, dtype), mesh)
     return as_params(placed)
+
+
+def _as_parameters(chunk: Any, dtype: Any | None) -> Any:
+    """A chunk's arrays with the axes of `weights.config.param_axes`."""
+
+    def stored(path: Any, leaf: np.ndarray) -> np.ndarray:
+        return _as_stored(leaf if path[-1].key == "tok_embeddings" else leaf.T, dtype)
+
+    return jax.tree.map_with_path(stored, chunk)
+
+
+COPIED_COLUMNS = 256  # at a time: a transposed matrix is copied five times faster than all at once
 
 
 def _as_stored(leaf: np.ndarray, dtype: Any | None) -> np.ndarray:
@@ -73,7 +85,8 @@ def _as_stored(leaf: np.ndarray, dtype: Any | None) -> np.ndarray:
     memory = np.empty(math.prod(leaf.shape) * dtype.itemsize + 64, np.uint8)
     start = -memory.ctypes.data % 64
     stored = memory[start : start + leaf.size * dtype.itemsize].view(dtype).reshape(leaf.shape)
-    stored[...] = leaf
+    for i in range(0, leaf.shape[-1], COPIED_COLUMNS):
+        stored[..., i : i + COPIED_COLUMNS] = leaf[..., i : i + COPIED_COLUMNS]
     return stored
 
 
@@ -131,7 +144,7 @@ class LlamaModel(nn.Module):
         self.tok_embeddings = self.param("tok_embeddings", nn.initializers.normal(1.0), (V, D))
         self.norm = self.param("norm", nn.initializers.ones, (D,))
         if not self.config.tie_word_embeddings:
-            self.output = self.param("output", matrix_init, (D, V))
+            self.output = self.param("output", matrix_init, (V, D))
         self.layer = [  # the list gives its modules the names layer_0, layer_1, ...
             self.block(plan) for plan in self.schedule
         ]
@@ -234,7 +247,7 @@ class LlamaModel(nn.Module):
 
         def fold(start: jax.Array, size: int, carry: Any) -> Any:
             dense, sparse, shift_BT, best_dense, best_sparse = carry
-            a_BTV, b_BTV = (self._logits(x, start, size, rows_first=True) for x in (dense_BTD, sparse_BTD))
+            a_BTV, b_BTV = (self._logits(x, start, size) for x in (dense_BTD, sparse_BTD))
             new_dense, new_sparse = _log_sum_exp(dense, a_BTV), _log_sum_exp(sparse, b_BTV)
             shift_BT = shift_BT * jnp.exp(dense[0] - new_dense[0])
             shift_BT += (jnp.exp(a_BTV - new_dense[0][..., None]) * (a_BTV - b_BTV)).sum(-1)
@@ -267,22 +280,14 @@ class LlamaModel(nn.Module):
         carry = jax.lax.fori_loop(0, whole, lambda i, carry: fold(i * size, size, carry), carry)
         return fold(jnp.int32(whole * size), rest, carry) if rest else carry
 
-    def _logits(
-        self, x_BTD: jax.Array, start: jax.Array | int = 0, size: int | None = None, rows_first: bool = False
-    ) -> jax.Array:
-        """Those of `size` tokens of this shard's part of the vocabulary from `start` on, or of all of it.
-
-        With `rows_first` a row's logits lie side by side, as what is done with them several times wants them.
-        """
+    def _logits(self, x_BTD: jax.Array, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
+        """Those of `size` tokens of this shard's part of the vocabulary from `start` on, or of all of it."""
         size = self._shards().local.vocab_size if size is None else size
-        if self.config.tie_word_embeddings:
-            w_VD = jax.lax.dynamic_slice_in_dim(self.tok_embeddings, start, size, axis=0)
-            if rows_first:
-                return matmul("BTD,VD->BTV", x_BTD.astype(self.dtype), w_VD.astype(self.dtype))
-            # The table comes first, as it is stored: as the second operand it would be transposed into a copy.
-            logits_VBT = matmul("VD,BTD->VBT", w_VD.astype(self.dtype), two_rows(x_BTD.astype(self.dtype)))
-            return logits_VBT.transpose(1, 2, 0)[:, : x_BTD.shape[1]]
-        return linear(x_BTD, jax.lax.dynamic_slice_in_dim(self.output, start, size, axis=1), self.dtype)
+        return linear(x_BTD, jax.lax.dynamic_slice_in_dim(self._head(), start, size, axis=0), self.dtype)
+
+    def _head(self) -> jax.Array:
+        """The matrix of the logits, w_VD."""
+        return self.tok_embeddings if self.config.tie_word_embeddings else self.output
 
     def _target_logits(self, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         """One logit for each token: that of its id."""
@@ -292,9 +297,7 @@ class LlamaModel(nn.Module):
         return self._shards().vocab_sum(jnp.where(is_here, self._logits_of(x_BTD, ids_BT), 0.0))
 
     def _logits_of(self, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        if self.config.tie_word_embeddings:
-            return matmul("BTD,BTD->BT", x_BTD.astype(self.dtype), self.tok_embeddings[ids_BT].astype(self.dtype))
-        return matmul("BTD,DBT->BT", x_BTD.astype(self.dtype), self.output[:, ids_BT].astype(self.dtype))
+        return matmul("BTD,BTD->BT", x_BTD.astype(self.dtype), self._head()[ids_BT].astype(self.dtype))
 
     @nn.nowrap
     def compile(self, params: Any, input_ids: jax.Array, mesh: Mesh | None = None, with_cache: bool = False) -> Forward:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from attention.sharding import MODEL, WHOLE, place
 from errors import InputError
 from kascade_core import LayerPlan, keep_first
-from weights.config import EMBEDDINGS_CHUNK, LlamaConfig, chunk_axes, chunk_shapes
+from weights.config import EMBEDDINGS_CHUNK, LlamaConfig, param_axes, param_shapes
 
 MESH_AXES = {  # of an array's logical axis, `weights.config.chunk_axes`
     "heads": MODEL,
@@ -204,7 +204,7 @@ class ModelShards:
 
     def specs(self) -> dict[str, Any]:
         """How each parameter is split, the tree of {"params": ...}."""
-        return as_params(_map_tuples(self._spec, chunk_axes(self.config)))
+        return as_params(_map_tuples(self._spec, param_axes(self.config)))
 
     def _spec(self, axes: tuple[str, ...]) -> PartitionSpec:
         if self.num_shards == 1 or ("vocab" in axes and self.vocab_shards == 1):
@@ -215,16 +215,16 @@ class ModelShards:
         """A parameter with its KV heads repeated for every copy."""
         if "kv_heads" not in axes or not self.shares_groups:
             return leaf
-        heads = leaf.reshape(*leaf.shape[:-1], self.config.num_key_value_heads, self.config.head_dim)
-        return heads[..., self.copies, :].reshape(*leaf.shape[:-1], -1)
+        heads = leaf.reshape(self.config.num_key_value_heads, self.config.head_dim, *leaf.shape[1:])
+        return heads[self.copies].reshape(-1, *leaf.shape[1:])
 
     def place_chunk(self, name: str, chunk: Any, mesh: Mesh | None) -> Any:
-        """One chunk's arrays on the devices of the mesh, each its own part; without a mesh on the default device."""
+        """One chunk's parameters on the devices of the mesh, each its own part; without one on the default device."""
 
         def placed(axes: tuple[str, ...], leaf: np.ndarray) -> jax.Array:
             return place(self.with_copies(leaf, axes), mesh, self._spec(axes))
 
-        return _map_tuples(placed, chunk_axes(self.config)[name], chunk)
+        return _map_tuples(placed, param_axes(self.config)[name], chunk)
 
     def shapes(self, mesh: Mesh | None, dtype: Any) -> dict[str, Any]:
         """The parameters' shapes as they lie on the devices; matrices are of `dtype`, vectors float32."""
@@ -233,7 +233,7 @@ class ModelShards:
             sharding = NamedSharding(mesh, self._spec(axes)) if mesh else None
             return jax.ShapeDtypeStruct(size, dtype if len(size) > 1 else jnp.float32, sharding=sharding)
 
-        return as_params(_map_tuples(shape, chunk_shapes(self.held), chunk_axes(self.config)))
+        return as_params(_map_tuples(shape, param_shapes(self.held), param_axes(self.config)))
 
 
 def _map_tuples(function: Callable[..., Any], *trees: Any) -> Any:

@@ -19,7 +19,7 @@ from attention.sharding import Layout, gather_keys
 from attention.xla import matmul
 from kascade_core import ANCHOR, DENSE, LayerPlan, Selection, tile_count
 from network.cache import KeysValues, write_at
-from weights.config import LlamaConfig, RopeFactors, chunk_shapes, layer_chunk, rope_frequencies
+from weights.config import LlamaConfig, RopeFactors, layer_chunk, param_shapes, rope_frequencies
 
 Rope = tuple[
     jax.Array, jax.Array
@@ -29,7 +29,7 @@ Rope = tuple[
 # that gives large arrays back and pays for their pages anew in each layer.
 MLP_ROWS, CPU_MLP_ROWS = 8192, 1024
 
-matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+matrix_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2)
 
 
 def rope_table(config: LlamaConfig, positions_BT: jax.Array, length: jax.Array | int = 0) -> Rope:
@@ -64,15 +64,18 @@ def rms_norm(x_BTD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     return x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, axis=-1, keepdims=True) + eps) * weight
 
 
-def linear(x_BTD: jax.Array, w_DF: jax.Array, dtype: Any) -> jax.Array:
+def linear(x_BTD: jax.Array, w_FD: jax.Array, dtype: Any) -> jax.Array:
     """The only dtype decision of a product: inputs in `dtype`, sum and result in float32."""
-    x_BTD, w_DF = x_BTD.astype(dtype), w_DF.astype(dtype)
-    return matmul("BTD,DF->BTF", two_rows(x_BTD), w_DF)[:, : x_BTD.shape[1]]
+    rows_RD = x_BTD.astype(dtype).reshape(-1, x_BTD.shape[-1])  # with three axes XLA's CPU compiler would transpose w
+    w_FD = w_FD.astype(dtype)
+    if len(rows_RD) == 1:
+        return matmul("FD,DR->FR", w_FD, two_columns(rows_RD.T))[:, 0].reshape(*x_BTD.shape[:-1], -1)
+    return matmul("RD,FD->RF", rows_RD, w_FD).reshape(*x_BTD.shape[:-1], -1)
 
 
-def two_rows(x_BTD: jax.Array) -> jax.Array:
-    """A single bfloat16 row twice: XLA's CPU multiplies one by a matrix eight times slower than two."""
-    return jnp.repeat(x_BTD, 2, axis=1) if x_BTD.shape[:2] == (1, 1) and x_BTD.dtype == jnp.bfloat16 else x_BTD
+def two_columns(x_DR: jax.Array) -> jax.Array:
+    """A single bfloat16 row twice: XLA's CPU multiplies one by a matrix several times slower than two."""
+    return jnp.repeat(x_DR, 2, axis=1) if x_DR.dtype == jnp.bfloat16 else x_DR
 
 
 class Attention(nn.Module):
@@ -83,7 +86,7 @@ class Attention(nn.Module):
     shards: ModelShards
 
     def setup(self) -> None:
-        for name, shape in chunk_shapes(self.shards.local)[layer_chunk(0)]["attention"].items():
+        for name, shape in param_shapes(self.shards.local)[layer_chunk(0)]["attention"].items():
             setattr(self, name, self.param(name, matrix_init if len(shape) == 2 else nn.initializers.ones, shape))
 
     def project(self, x_BTD: jax.Array, rope: Rope | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -115,7 +118,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        shapes = chunk_shapes(self.shards.local)[layer_chunk(0)]["feed_forward"]
+        shapes = param_shapes(self.shards.local)[layer_chunk(0)]["feed_forward"]
         w = {name: self.param(name, matrix_init, shape) for name, shape in shapes.items()}
 
         def apply(x_BTD: jax.Array) -> jax.Array:

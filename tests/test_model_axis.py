@@ -19,7 +19,7 @@ from measure.machine import pick_mesh
 from measure.quality import compile_comparison
 from measure.settings import mesh_axes
 from network.cache import KVCache
-from weights.config import EMBEDDINGS_CHUNK, LlamaConfig, chunk_shapes
+from weights.config import EMBEDDINGS_CHUNK, LlamaConfig, param_shapes
 
 SIZES = dict(hidden_size=24, intermediate_size=16, num_hidden_layers=3, head_dim=6, max_position_embeddings=128)
 MODELS = {
@@ -55,7 +55,7 @@ def plans(config, budgets):
 def parameters(config, mesh):
     """Random ones, the same for every mesh."""
     rng, shards, params = np.random.default_rng(0), ModelShards.of(config, mesh), {}
-    for name, shapes in chunk_shapes(config).items():
+    for name, shapes in param_shapes(config).items():
         chunk = jax.tree.map(
             lambda shape: (rng.standard_normal(shape) * 0.2 + (len(shape) == 1)).astype(np.float32),
             shapes,
@@ -170,8 +170,8 @@ def test_a_host_gives_each_device_its_own_part():
     config, mesh = MODELS["more shards than KV heads"], mesh_of(1, 2, 4)
     layer = parameters(config, mesh)["params"]["layer_0"]
     parts = {name: layer["attention"][name].addressable_shards[0].data.shape for name in ("wq", "wk", "wo")}
-    assert parts == {"wq": (24, 12), "wk": (24, 6), "wo": (12, 24)}
-    assert layer["feed_forward"]["w2"].addressable_shards[0].data.shape == (4, 24)
+    assert parts == {"wq": (12, 24), "wk": (6, 24), "wo": (24, 12)}
+    assert layer["feed_forward"]["w2"].addressable_shards[0].data.shape == (24, 4)
 
 
 def test_an_axis_that_does_not_divide_is_refused():

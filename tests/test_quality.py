@@ -64,7 +64,7 @@ def plain(setup, outputs):
     arms = []
     for arm in outputs:
         stream = np.concatenate([output.stream for output in arm])[:, :-1].astype(np.float64)
-        logits = stream @ np.asarray(params["params"]["output"], np.float64)
+        logits = stream @ np.asarray(params["params"]["output"], np.float64).T
         top = logits.max(-1, keepdims=True)
         arms.append(logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True)))
     return *arms, np.concatenate(windows)[:, 1:]

@@ -9,7 +9,15 @@ import pytest
 from synthetic import HF_CONFIGS, LLAMA3_ROPE, MODELS
 
 from errors import InputError, UnsupportedError
-from weights.config import MOST_LAYERS, LlamaConfig, RopeScaling, chunk_shapes, layer_chunk, rope_frequencies
+from weights.config import (
+    MOST_LAYERS,
+    LlamaConfig,
+    RopeScaling,
+    chunk_shapes,
+    layer_chunk,
+    param_shapes,
+    rope_frequencies,
+)
 from weights.fields import LARGEST_JSON, Fields, in_file, read_json
 
 HF = HF_CONFIGS["gqa_llama3_untied"]
@@ -198,6 +206,11 @@ def test_chunks_hold_every_array_once_by_its_shape():
     assert list(shapes) == ["embeddings.pkl", "layer_0.pkl", "layer_1.pkl", "layer_2.pkl"]
     assert shapes["embeddings.pkl"] == {"tok_embeddings": (50, 24), "norm": (24,), "output": (24, 50)}
     assert shapes[layer_chunk(1)]["attention"] == {"wq": (24, 60), "wk": (24, 20), "wv": (24, 20), "wo": (60, 24)}
+    in_memory = param_shapes(config)
+    assert in_memory[layer_chunk(1)]["attention"] == {"wq": (60, 24), "wk": (20, 24), "wv": (20, 24), "wo": (24, 60)}
+    assert in_memory["embeddings.pkl"] == shapes["embeddings.pkl"] | {
+        "output": shapes["embeddings.pkl"]["output"][::-1]
+    }
     assert "output" not in chunk_shapes(dataclasses.replace(config, tie_word_embeddings=True))["embeddings.pkl"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -404,8 +404,25 @@ def chunk_axes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
     return {EMBEDDINGS_CHUNK: embeddings} | {layer_chunk(i): layer for i in range(config.num_hidden_layers)}
 
 
+def param_axes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
+    """The same of the parameters in memory, whose matrices are [out, in], as the embedding already is.
+
+    Each output's weights lie side by side so: products of a few rows, which decoding is made of, read them as they are.
+    """
+    return _map_axes(lambda axes: axes if axes[0] == "vocab" else axes[::-1], chunk_axes(config))
+
+
 def chunk_shapes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
-    """The same with the arrays' shapes."""
+    """The shapes of the arrays of `chunk_axes`."""
+    return _shapes(config, chunk_axes(config))
+
+
+def param_shapes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
+    """The shapes of the arrays of `param_axes`."""
+    return _shapes(config, param_axes(config))
+
+
+def _shapes(config: LlamaConfig, tree: Any) -> Any:
     sizes = {
         "embed": config.hidden_size,
         "heads": config.num_attention_heads * config.head_dim,
@@ -415,9 +432,10 @@ def chunk_shapes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
         "vocab": config.vocab_size,
     }
 
-    def shapes(axes: Any) -> Any:
-        if isinstance(axes, dict):
-            return {name: shapes(inner) for name, inner in axes.items()}
-        return tuple(sizes[axis] for axis in axes)
+    return _map_axes(lambda axes: tuple(sizes[axis] for axis in axes), tree)
 
-    return shapes(chunk_axes(config))
+
+def _map_axes(function: Callable[[tuple[str, ...]], Any], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {name: _map_axes(function, inner) for name, inner in tree.items()}
+    return function(tree)
