@@ -68,7 +68,7 @@ def linear(x_BTD: jax.Array, w_FD: jax.Array, dtype: Any) -> jax.Array:
     """The only dtype decision of a product: inputs in `dtype`, sum and result in float32."""
     rows_RD = x_BTD.astype(dtype).reshape(-1, x_BTD.shape[-1])  # with three axes XLA's CPU compiler would transpose w
     w_FD = w_FD.astype(dtype)
-    if len(rows_RD) == 1:
+    if len(rows_RD) == 1:  # the matrix first, to be read as it lies: as the second operand it would be packed before
         return matmul("FD,DR->FR", w_FD, two_columns(rows_RD.T))[:, 0].reshape(*x_BTD.shape[:-1], -1)
     return matmul("RD,FD->RF", rows_RD, w_FD).reshape(*x_BTD.shape[:-1], -1)
 
