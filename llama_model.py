@@ -23,7 +23,7 @@ from kascade_core import LayerPlan, Selection, freeze_schedule
 from network.cache import KVCache
 from network.layers import Block, linear, matrix_init, rms_norm, rope_table
 from network.programs import Decoder, Forward, ForwardBuilder, compile_steps
-from weights.config import LlamaConfig, RopeScaling
+from weights.config import LlamaConfig, RopeScaling, chunk_axes, is_turned
 from weights.folder import Manifest, read_chunks
 
 __all__ = [
@@ -61,19 +61,15 @@ def load_weights(
     chunks = tqdm(
         read_chunks(weights_dir, manifest), "loading", len(manifest.chunks), unit="chunk", disable=None, leave=False
     )
-    placed = {}
+    placed, axes = {}, chunk_axes(manifest.config)
     for name, chunk in chunks:
-        placed[name] = shards.place_chunk(name, _as_parameters(chunk, dtype), mesh)
+        placed[name] = shards.place_chunk(name, _as_parameters(chunk, axes[name], dtype), mesh)
     return as_params(placed)
 
 
-def _as_parameters(chunk: Any, dtype: Any | None) -> Any:
-    """A chunk's arrays with the axes of `weights.config.param_axes`."""
-
-    def stored(path: Any, leaf: np.ndarray) -> np.ndarray:
-        return _as_stored(leaf if path[-1].key == "tok_embeddings" else leaf.T, dtype)
-
-    return jax.tree.map_with_path(stored, chunk)
+def _as_parameters(chunk: Any, axes: Any, dtype: Any | None) -> Any:
+    """A chunk's arrays, whose axes are given, with those of `weights.config.param_axes`."""
+    return jax.tree.map(lambda leaf, of: _as_stored(leaf.T if is_turned(of) else leaf, dtype), chunk, axes)
 
 
 COPIED_COLUMNS = 256  # at a time: a transposed matrix is copied five times faster than all at once

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from attention.sharding import Layout, causal_tiles, pad_axis
+from attention.xla import LOG2_E
 from errors import UnsupportedError
 from kascade_core import NO_TILE, Selection, select_tiles, tile_count, visible
 
@@ -42,7 +43,6 @@ REUSE_KEYS = 128  # in one step: keys and values of two steps fit into shared me
 SCORE_KEYS = 128  # in one step: a whole tile of any size
 SCRATCH_BYTES = 2**29  # of scoring, for one chunk: at 128k tokens some hundreds of programs, as many as an H100 runs
 LEAST = -1e30  # the least value of a row's largest score: finite, since a whole block of its scores may be masked
-LOG2_E = math.log2(math.e)
 
 
 def check(

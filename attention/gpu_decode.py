@@ -22,7 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from attention.gpu import LEAST, LEAST_ROWS, LOG2_E, on_gpu_or_interpreted
+from attention.gpu import LEAST, LEAST_ROWS, on_gpu_or_interpreted
+from attention.xla import LOG2_E
 from kascade_core import NO_TILE, Selection, select_step_tiles, tile_count, visible
 
 KEYS = 64  # read in one step

@@ -19,6 +19,7 @@ from attention.sharding import Layout
 from kascade_core import NO_TILE, Selection, select_tiles, tile_count, visible
 
 LEAST_TILE = 1  # tokens of which dense attention's blocks are a multiple
+LOG2_E = math.log2(math.e)  # exp(x) = 2^(x LOG2_E)
 UNSEEN = -1e30  # a masked product: finite, since a window may hide a row's whole first block of keys
 KEYS_AT_ONCE = 1024  # gathered keys in one step of reuse: enough to fill the products, few enough for a core's cache
 
@@ -74,7 +75,7 @@ def _cpu_exp2(x: jax.Array, dtype: Any) -> jax.Array:
 
 def _exponent(products: jax.Array, largest: jax.Array, head_dim: int) -> jax.Array:
     """The base-2 logarithm of softmax's weights before they are normalised."""
-    return (products - largest) * (head_dim**-0.5 * math.log2(math.e))
+    return (products - largest) * (head_dim**-0.5 * LOG2_E)
 
 
 def _weights(products_RW: jax.Array, largest_R: jax.Array, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:

@@ -409,7 +409,12 @@ def param_axes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
 
     Each output's weights lie side by side so: products of a few rows, which decoding is made of, read them as they are.
     """
-    return _map_axes(lambda axes: axes if axes[0] == "vocab" else axes[::-1], chunk_axes(config))
+    return _map_axes(lambda axes: axes[::-1] if is_turned(axes) else axes, chunk_axes(config))
+
+
+def is_turned(axes: tuple[str, ...]) -> bool:
+    """Whether an array with these axes in a chunk is transposed in memory."""
+    return len(axes) == 2 and axes[0] != "vocab"
 
 
 def chunk_shapes(config: LlamaConfig) -> dict[str, dict[str, Any]]:
