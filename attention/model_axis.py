@@ -139,15 +139,15 @@ class ModelShards:
         gathered = jax.lax.all_gather(q, MODEL, axis=axis, tiled=True)
         return jnp.take(gathered, self.here(heads.reshape(self.num_shards, -1)), axis=axis)
 
-    def own_parts(self, x_ZGS: jax.Array) -> jax.Array:
+    def own_parts(self, x_ZSG: jax.Array) -> jax.Array:
         """Of what was computed for whole groups the rows of the calling shard's own query heads."""
         if not self.shares_groups:
-            return x_ZGS
+            return x_ZSG
         parts = self.group // self.part
         which_K = self.here((np.arange(self.copies.size) % parts).reshape(self.num_shards, -1))
-        Z, _, S = x_ZGS.shape
-        x = x_ZGS.reshape(Z, parts, self.part, S)
-        return jnp.take_along_axis(x, jnp.tile(which_K, Z // which_K.size)[:, None, None, None], axis=1)[:, 0]
+        Z, S, _ = x_ZSG.shape
+        x = x_ZSG.reshape(Z, S, parts, self.part)
+        return jnp.take_along_axis(x, jnp.tile(which_K, Z // which_K.size)[:, None, None, None], axis=2)[:, :, 0]
 
     def here(self, table: np.ndarray) -> jax.Array:
         """The calling shard's row of a table with a row for each shard."""

@@ -101,10 +101,10 @@ class StepCase:
             return decode.dense_step(q_BNH, k_ZSH, v_ZSH, self.positions, kernel=self.kernel)
 
         def anchor(q_BNH: jax.Array, k_ZSH: jax.Array, v_ZSH: jax.Array, _: jax.Array) -> jax.Array:
-            tiles_BK1C, scores_ZGS = decode.choose_step(q_BNH, k_ZSH, self.positions, **sizes)
-            if scores_ZGS is None:
+            tiles_BK1C, products_ZSG = decode.choose_step(q_BNH, k_ZSH, self.positions, **sizes)
+            if products_ZSG is None:
                 return decode.reuse_step(q_BNH, k_ZSH, v_ZSH, self.positions, tiles_BK1C, **sizes)
-            return decode.anchor_step(scores_ZGS, v_ZSH, tiles_BK1C, self.selection)
+            return decode.anchor_step(products_ZSG, v_ZSH, self.positions, tiles_BK1C, self.selection)
 
         def reuse(q_BNH: jax.Array, k_ZSH: jax.Array, v_ZSH: jax.Array, tiles_BK1C: jax.Array) -> jax.Array:
             return decode.reuse_step(q_BNH, k_ZSH, v_ZSH, self.positions, tiles_BK1C, **sizes)

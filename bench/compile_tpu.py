@@ -23,7 +23,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,8 +185,8 @@ def step_program(
     tiles_BK1C = jax.ShapeDtypeStruct((batch, K, 1, selection.slots(tile_count(depth, TILE))), jnp.int32)
 
     def anchor(q_BNH: jax.Array, k_ZSH: jax.Array, v_ZSH: jax.Array, positions_B: jax.Array) -> tuple[Any, Any]:
-        tiles_BK1C, scores_ZGS = decode.choose_step(q_BNH, k_ZSH, positions_B, selection)
-        return decode.anchor_step(scores_ZGS, v_ZSH, tiles_BK1C, selection), tiles_BK1C
+        tiles_BK1C, products_ZSG = decode.choose_step(q_BNH, k_ZSH, positions_B, selection)
+        return decode.anchor_step(products_ZSG, v_ZSH, positions_B, tiles_BK1C, selection), tiles_BK1C
 
     args = [q_BNH, *keys, positions_B]
     if kind == "dense":
@@ -281,12 +281,21 @@ def count_flops(jaxpr: Any) -> int:
         elif eqn.primitive.name == "pallas_call":
             total += math.prod(eqn.params["grid_mapping"].grid) * count_flops(eqn.params["jaxpr"])
         elif eqn.primitive.name == "cond":
-            total += max(count_flops(branch.jaxpr) for branch in eqn.params["branches"])
+            total += max(count_flops(branch.jaxpr) for branch in _branches(eqn.params))
         else:
             times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
             for inner in jaxprs_in_params(eqn.params):
                 total += times * count_flops(inner)
     return total
+
+
+def _branches(params: Mapping[str, Any]) -> Sequence[Any]:
+    """Of a condition; where the platform decides, the branch that a TPU takes."""
+    branches, platforms = params["branches"], params["branches_platforms"]
+    if platforms is None:
+        return branches
+    own = [i for i, names in enumerate(platforms) if names and "tpu" in names]
+    return [branches[own[0] if own else platforms.index(None)]]
 
 
 def causal_flops(config: LlamaConfig, length: int) -> int:

@@ -35,7 +35,7 @@ from attention.sharding import CACHE, jit, keep_on, make_mesh, move, steps_mesh
 from errors import InputError, Parser, exit_on_bad_input, quote
 from kascade_core import tile_count
 from llama_model import LlamaModel, load_weights
-from measure.decoding import CACHE_DTYPE
+from measure.decoding import cache_dtype, cache_size
 from measure.machine import configure_device, pick_dtype
 from measure.schedules import SavedSchedule, load_schedule
 from measure.settings import DTYPES, names, whole_number
@@ -84,7 +84,7 @@ class Kascade(LM):
         self.max_length, self.begin, self.end = max_length, begin, end
         self.steps_mesh = steps_mesh(mesh, 1)
         self.step_params = keep_on(params, self.steps_mesh)
-        self.cache_dtype = jnp.dtype(CACHE_DTYPE.get(mesh.devices.flat[0].platform, model.dtype))
+        self.cache_dtype = cache_dtype(model, mesh.devices.flat[0])
         self._prefills: dict[int, Forward] = {}
         self._decoders: dict[int, Decoder] = {}
         self._score = jit(lambda params, *rows: model.apply(params, *rows, method="next_token_nll"), mesh)
@@ -162,11 +162,11 @@ class Kascade(LM):
         return np.asarray(output.nll, np.float64)[0, :count], cache
 
     def _cache_size(self, tokens: int) -> int:
-        """Of few sizes, in whole tiles."""
+        """Of few sizes."""
         size = SHORTEST
         while size < tokens:
             size *= 2
-        return tile_count(size, self.model.selection.tile_size) * self.model.selection.tile_size
+        return cache_size(self.model, size)
 
     def _start(self, ids: Sequence[int], count: int, room: int) -> tuple[int, np.ndarray, KVCache]:
         """Prefills as many of the first `count` tokens as make whole query tiles: (how many, their losses, cache)."""

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from attention.sharding import fetch, first_device, jit, keep_on, move, steps_mesh
 from kascade_core import ANCHOR, REUSE, attended_tiles, mean_density, tile_count
 from llama_model import LlamaModel
-from measure.decoding import CACHE_DTYPE, check_cache_fits, step_densities
+from measure.decoding import cache_dtype, cache_size, check_cache_fits, step_densities
 from measure.tasks import ANSWER_ROOM, CANDIDATES, Ids, Item, Task
 from network.cache import KVCache, join_caches
 from network.programs import Decoded, Decoder
@@ -49,11 +49,10 @@ class Answerer:
 
     def __init__(self, models: Mapping[str, LlamaModel], params: Any, length: int, mesh: Mesh) -> None:
         self.models, self.params, self.length, self.mesh = models, params, length, mesh
-        device = first_device(mesh)
-        self.dtype = jnp.dtype(CACHE_DTYPE.get(device.platform, models[DENSE_ARM].dtype))
-        tile_size = math.lcm(*(model.selection.tile_size for model in models.values()))
-        self.size = tile_count(length + ANSWER_ROOM, tile_size) * tile_size
-        check_cache_fits(models[DENSE_ARM], CANDIDATES, self.size, device)
+        self.dtype = cache_dtype(models[DENSE_ARM], first_device(mesh))
+        unit = math.lcm(*(cache_size(model, 1) for model in models.values()))
+        self.size = tile_count(length + ANSWER_ROOM, unit) * unit
+        check_cache_fits(models[DENSE_ARM], CANDIDATES, self.size, first_device(mesh))
         self.steps_mesh = steps_mesh(mesh, 1)
         self.step_params = keep_on(params, self.steps_mesh)
         ids_BT = jax.ShapeDtypeStruct((1, length), jnp.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attention import decode
-from attention.sharding import fetch, first_device, keep_on, move, place, steps_mesh
+from attention.sharding import can_write_bfloat16, fetch, first_device, keep_on, move, place, steps_mesh
 from errors import InputError, UnsupportedError
 from kascade_core import DENSE, LayerPlan, density_of_step, tile_count
 from llama_model import Comparison, LlamaModel
@@ -27,7 +28,6 @@ from network.cache import KVCache, join_caches
 from network.programs import Decoded, Decoder, Forward, Output
 from report.results import Decoding, DepthRow, Generated
 
-CACHE_DTYPE = {"cpu": "float32"}  # XLA's CPU reads keys in bfloat16 no faster; elsewhere the run's own dtype
 TIMED_STEPS = 8  # tokens in one timed pass over a window's, at most
 DEPTH_STEPS = 4  # the same in the table of depths
 SPARE_MEMORY = 0.9  # of the free memory, that a cache may take
@@ -58,13 +58,15 @@ class Arms:
 
 
 def cache_dtype(model: LlamaModel, device: jax.Device) -> Any:
-    """Of keys and values in a cache on this device."""
-    return jnp.dtype(CACHE_DTYPE.get(device.platform, model.dtype))
+    """Of keys and values in a cache on this device: the model's, or float32 where bfloat16 is not written in place."""
+    is_slow = model.dtype == jnp.bfloat16 and not can_write_bfloat16(device)
+    return jnp.dtype(jnp.float32 if is_slow else model.dtype)
 
 
 def cache_size(model: LlamaModel, tokens: int) -> int:
-    """Room for so many tokens, in whole tiles."""
-    return tile_count(tokens, model.selection.tile_size) * model.selection.tile_size
+    """Room for so many tokens, in whole tiles and in whole blocks of a CPU's products."""
+    unit = math.lcm(model.selection.tile_size, decode.CPU_KEYS)
+    return tile_count(tokens, unit) * unit
 
 
 def check_cache_fits(model: LlamaModel, batch: int, tokens: int, device: jax.Device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -61,10 +62,24 @@ def join_caches(caches: Sequence[KVCache], mesh: Mesh) -> KVCache:
     return jax.tree.map(join, *caches)
 
 
-def write_at(x_ZSH: jax.Array, new_BKH: jax.Array, positions_B: jax.Array) -> jax.Array:
-    """Writes one row of each sequence at its position; a slice a sequence is written in place, a scatter is slower."""
-    B, K, _ = new_BKH.shape
-    new_BK1H = new_BKH.astype(x_ZSH.dtype)[:, :, None]
-    for b in range(B):
-        x_ZSH = jax.lax.dynamic_update_slice(x_ZSH, new_BK1H[b], (b * K, positions_B[b], 0))
-    return x_ZSH
+def write_at(cached: KeysValues, new: KeysValues, positions_B: jax.Array) -> KeysValues:
+    """Writes one row of each sequence, of k_BKH and v_BKH, at its position into k_ZSH and v_ZSH.
+
+    A slice a sequence is written in place; a scatter is slower.
+    """
+    B, K, _ = new[0].shape
+    new = jax.tree.map(lambda x_BKH, x_ZSH: x_BKH.astype(x_ZSH.dtype)[:, :, None], new, cached)
+
+    def write(b: Any, cached: KeysValues) -> KeysValues:
+        place = (b * K, positions_B[b], 0)
+        return jax.tree.map(lambda x_ZSH, new: jax.lax.dynamic_update_slice(x_ZSH, new[b], place), cached, new)
+
+    def write_in_loop(cached: KeysValues) -> KeysValues:
+        # Of a length that XLA does not know: it would take the loop apart, fuse writing with what views the cache in
+        # another shape, write twice, and copy the cache before.
+        return jax.lax.fori_loop(0, jnp.where(positions_B[0] < 0, 0, B), write, cached)
+
+    def write_all(cached: KeysValues) -> KeysValues:
+        return functools.reduce(lambda cached, b: write(b, cached), range(B), cached)
+
+    return jax.lax.platform_dependent(cached, cpu=write_in_loop, default=write_all)

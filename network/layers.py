@@ -195,20 +195,19 @@ class Block(nn.Module):
           The stream, the tiles that this layer chose, and the cached k_ZSH and v_ZSH with the new ones.
         """
         q_B1NH, k_B1KH, v_B1KH = self.attention.project(self._normed(x_B1D), rope)
-        k_ZSH = write_at(cached[0], k_B1KH[:, 0], positions_B)
-        v_ZSH = write_at(cached[1], v_B1KH[:, 0], positions_B)
+        k_ZSH, v_ZSH = write_at(cached, (k_B1KH[:, 0], v_B1KH[:, 0]), positions_B)
         q_BNH, shards = q_B1NH[:, 0], self._shards()
-        chosen_BK1C = scores_ZGS = None
+        chosen_BK1C = products_ZSG = None
         if self.plan.mode == ANCHOR:
             groups_BNH, options = shards.whole_groups(q_BNH, 1), (self._selection(), self.kernel)
-            chosen_BK1C, scores_ZGS = decode.choose_step(groups_BNH, k_ZSH, positions_B, *options)
+            chosen_BK1C, products_ZSG = decode.choose_step(groups_BNH, k_ZSH, positions_B, *options)
             tiles_BK1C = shards.cut(chosen_BK1C, self.plan.budgets)
         if self.plan.mode == DENSE:
             out_BNH = decode.dense_step(q_BNH, k_ZSH, v_ZSH, positions_B, self.selection.window, self.kernel)
-        elif scores_ZGS is None:
+        elif products_ZSG is None:
             out_BNH = decode.reuse_step(q_BNH, k_ZSH, v_ZSH, positions_B, tiles_BK1C, self.selection, self.kernel)
         else:
-            out_BNH = decode.anchor_step(shards.own_parts(scores_ZGS), v_ZSH, tiles_BK1C, self.selection)
+            out_BNH = decode.anchor_step(shards.own_parts(products_ZSG), v_ZSH, positions_B, tiles_BK1C, self.selection)
         return x_B1D + self.attention.output(out_BNH[:, None]), chosen_BK1C, (k_ZSH, v_ZSH)
 
     def feed(self, x_BTD: jax.Array) -> jax.Array:

@@ -379,7 +379,8 @@ def compile_steps(model: nn.Module, params: Any, cache: KVCache, num_steps: int,
     everywhere = NamedSharding(mesh, WHOLE) if mesh else None
     args = [jax.ShapeDtypeStruct(s, jnp.int32, sharding=everywhere) for s in ((batch, num_steps), (batch,))]
     start = time.perf_counter()
-    program = compile_ahead(run, (params, *args, cache), mesh, donate=(3,))
+    is_bfloat16 = cache.layers[0][0].dtype == jnp.bfloat16
+    program = compile_ahead(run, (params, *args, cache), mesh, donate=(3,), writes_bfloat16=is_bfloat16)
     return Decoder(program, time.perf_counter() - start)
 
 

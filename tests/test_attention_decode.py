@@ -83,13 +83,13 @@ def test_a_dense_step_equals_the_naive_loop(positions):
 )
 def test_an_anchor_chooses_and_attends_as_the_naive_loop(positions, selection, budgets):
     q, k, v, at = step_inputs(positions)
-    tiles, scores = decode.choose_step(q, k, at, selection)
+    tiles, products = decode.choose_step(q, k, at, selection)
     out, chosen = naive(q, k, v, positions, selection, budgets=budgets)
     assert sets(tiles) == chosen
     assert tiles.shape == (B, K, 1, selection.top_k)
     assert any(len(kept) < position // M + 1 for (b, _), kept in chosen.items() for position in [positions[b]])
     attended = LayerPlan(ANCHOR, budgets=budgets).attended(tiles)
-    assert close(decode.anchor_step(scores, v, attended, selection), out)
+    assert close(decode.anchor_step(products, v, at, attended, selection), out)
 
 
 @pytest.mark.parametrize("positions", EDGES)
@@ -105,10 +105,10 @@ def test_a_reuse_step_attends_through_head_map_and_budgets(positions):
 @pytest.mark.parametrize("positions", EDGES)
 def test_all_tiles_kept_is_dense(positions):
     q, k, v, at = step_inputs(positions)
-    tiles, scores = decode.choose_step(q, k, at, everything := Selection(M, 99))
+    tiles, products = decode.choose_step(q, k, at, everything := Selection(M, 99))
     dense = np.asarray(decode.dense_step(q, k, v, at), np.float64)
     assert tiles.shape[-1] == P
-    assert close(decode.anchor_step(scores, v, tiles, everything), dense, 1e-6)
+    assert close(decode.anchor_step(products, v, at, tiles, everything), dense, 1e-6)
     assert close(decode.reuse_step(q, k, v, at, tiles, everything), dense, 1e-6)
 
 
@@ -116,14 +116,14 @@ def test_all_tiles_kept_is_dense(positions):
 def test_a_tile_that_is_not_chosen_may_hold_anything(kind):
     """An anchor reads all keys to choose, but no other values."""
     q, k, v, at = step_inputs(EDGES[0])
-    tiles, scores = decode.choose_step(q, k, at, SIZES)
+    tiles, products = decode.choose_step(q, k, at, SIZES)
     poisoned = np.ones((B * K, P, M, 1), bool)
     for (b, head), kept in sets(tiles).items():
         poisoned[b * K + head, kept] = False
     assert poisoned.any(axis=(1, 2, 3)).all()
     poison = lambda x: jnp.where(poisoned.reshape(B * K, S, 1), jnp.nan, x)  # noqa: E731
     if kind == ANCHOR:
-        step = lambda keys, values: decode.anchor_step(scores, values, tiles, SIZES)  # noqa: E731
+        step = lambda keys, values: decode.anchor_step(products, values, at, tiles, SIZES)  # noqa: E731
     else:
         step = lambda keys, values: decode.reuse_step(q, keys, values, at, tiles, SIZES)  # noqa: E731
     np.testing.assert_array_equal(step(poison(k), poison(v)), step(k, v))
@@ -133,11 +133,11 @@ def test_keys_behind_the_new_token_have_no_weight():
     q, k, v, at = step_inputs(EDGES[0])
     later = np.arange(S)[None, :, None] > np.repeat(EDGES[0], K)[:, None, None]
     k_later, v_later = (jnp.where(later, 9.0, x) for x in (k, v))
-    tiles, scores = decode.choose_step(q, k, at, SIZES)
-    tiles_later, scores_later = decode.choose_step(q, k_later, at, SIZES)
+    tiles, products = decode.choose_step(q, k, at, SIZES)
+    tiles_later, products_later = decode.choose_step(q, k_later, at, SIZES)
     np.testing.assert_array_equal(tiles_later, tiles)
     np.testing.assert_array_equal(
-        decode.anchor_step(scores_later, v_later, tiles, SIZES), decode.anchor_step(scores, v, tiles, SIZES)
+        decode.anchor_step(products_later, v_later, at, tiles, SIZES), decode.anchor_step(products, v, at, tiles, SIZES)
     )
     np.testing.assert_array_equal(decode.dense_step(q, k_later, v_later, at), decode.dense_step(q, k, v, at))
     np.testing.assert_array_equal(
@@ -247,8 +247,8 @@ def test_the_gpus_steps_see_a_window_as_xlas_do():
 
 def test_away_from_a_gpu_its_steps_are_xlas():
     q, k, v, at = step_inputs((40, 255), jnp.bfloat16, PAGED)
-    tiles, scores = decode.choose_step(q, k, at, PAGES, "pallas_gpu")
-    assert scores is None  # the anchor attends as a REUSE layer does
+    tiles, products = decode.choose_step(q, k, at, PAGES, "pallas_gpu")
+    assert products is None  # the anchor attends as a REUSE layer does
     np.testing.assert_array_equal(tiles, decode.choose_step(q, k, at, PAGES)[0])
     for step, args in ((decode.dense_step, ()), (decode.reuse_step, (tiles, PAGES))):
         np.testing.assert_array_equal(step(q, k, v, at, *args, kernel="pallas_gpu"), step(q, k, v, at, *args))

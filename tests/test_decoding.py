@@ -16,7 +16,7 @@ from synthetic import HF_CONFIGS, RUN_SIZES, repeating_text
 import benchmark_kascade_final as benchmark
 from attention.sharding import make_mesh
 from errors import InputError
-from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection
+from kascade_core import ANCHOR, DENSE, NO_TILE, REUSE, LayerPlan, Selection
 from llama_model import LlamaConfig, LlamaModel, load_weights
 from measure import decoding
 from measure.decoding import Arms
@@ -95,7 +95,7 @@ def test_dense_decoding_predicts_as_the_forward_at_every_position_of_three_windo
     one = model.compile_decode(params, cache_of(model, 1, T), T)
     for b in range(3):
         alone = one(params, ids[b : b + 1], jnp.zeros(1, jnp.int32), cache_of(model, 1, T))
-        assert relative(np.asarray(alone.stream[0]), np.asarray(decoded.stream[b])) <= 1e-6
+        assert relative(np.asarray(alone.stream[0]), np.asarray(decoded.stream[b])) <= 2e-6
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,9 @@ def test_sparse_decoding_chooses_and_predicts_as_a_forward_with_a_choice_per_row
     forward = rows.compile(params, ids)(params, ids)
     assert set(decoded.tiles) == set(forward.tiles)
     for layer, tiles in forward.tiles.items():
-        np.testing.assert_array_equal(np.asarray(decoded.tiles[layer])[..., 0, :].swapaxes(1, 2), tiles)
+        steps = np.asarray(decoded.tiles[layer])[..., 0, :].swapaxes(1, 2)
+        np.testing.assert_array_equal(steps[..., : tiles.shape[-1]], tiles)
+        assert (steps[..., tiles.shape[-1] :] == NO_TILE).all()  # a density's share of the whole cache is more
     got, expected = (logits(model, params, stream) for stream in (decoded.stream, forward.stream))
     assert relative(got, expected) <= 1e-5
     assert relative(got, np.asarray(forward_of(LlamaModel(CONFIG))(params, ids))) > 1e-3
@@ -124,7 +126,7 @@ def test_sparse_decoding_chooses_and_predicts_as_a_forward_with_a_choice_per_row
 
 def test_all_tiles_kept_is_dense(params, ids):
     sparse, dense = (decode(LlamaModel(CONFIG, plans, Selection(M, 99)), params, ids) for plans in (SPARSE, None))
-    assert sparse.tiles[1].shape[-1] == math.ceil(T / M)
+    assert sparse.tiles[1].shape[-1] == decoding.cache_size(LlamaModel(CONFIG, None, Selection(M)), T) // M
     assert relative(np.asarray(sparse.stream), np.asarray(dense.stream)) <= 1e-5
 
 
@@ -159,15 +161,36 @@ def test_greedy_ids_are_those_of_a_loop_of_whole_forwards(params, ids, schedule)
 def test_a_step_writes_the_cache_in_place(params, schedule):
     """No array as large as a layer's keys is copied, whatever its shape, and none is kept beside the cache."""
     model = LlamaModel(CONFIG, schedule, TILES)
-    cache = cache_of(model, 2, 2000)
+    cache = cache_of(model, 2, 2048)
     compiled = model.compile_decode(params, cache, 3).program
     memory, size = compiled.memory_analysis(), sum(x.nbytes for x in jax.tree.leaves(cache))
-    assert size == KVCache.bytes_needed(CONFIG, 2, 2000, jnp.float32)
+    assert size == KVCache.bytes_needed(CONFIG, 2, 2048, jnp.float32)
     assert memory.alias_size_in_bytes == size
     assert memory.temp_size_in_bytes < size / 2
     copies = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", compiled.as_text())
     keys = math.prod(cache.layers[0][0].shape)
     assert all(math.prod(map(int, dims.split(","))) < keys for dims in copies)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "can_write", "expected"),
+    [("bfloat16", True, "bfloat16"), ("bfloat16", False, "float32"), ("float32", False, "float32")],
+)
+def test_a_cache_is_bfloat16_where_it_is_written_in_place(dtype, can_write, expected, monkeypatch):
+    monkeypatch.setattr(decoding, "can_write_bfloat16", lambda device: can_write)
+    model = LlamaModel(CONFIG, dtype=jnp.dtype(dtype))
+    assert decoding.cache_dtype(model, jax.devices()[0]) == jnp.dtype(expected)
+
+
+@pytest.mark.parametrize("schedule", [None, SPARSE])
+def test_no_step_converts_a_bfloat16_cache(params, schedule):
+    """XLA's CPU compiler would for each slice that it writes: to float32 and back, all of it."""
+    model = LlamaModel(CONFIG, schedule, TILES, dtype=jnp.bfloat16)
+    device = make_mesh(jax.devices()[:1]).devices.flat[0]
+    cache = KVCache.empty(CONFIG, 3, 2048, decoding.cache_dtype(model, device))
+    text = model.compile_decode(params, cache, 3).program.as_text()
+    converted = re.findall(r"= \w+\[([\d,]+)\]\S* convert\(", text)
+    assert all(math.prod(map(int, dims.split(","))) < math.prod(cache.layers[0][0].shape) for dims in converted)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -468,14 +491,14 @@ def test_a_number_out_of_range_is_refused(asked, message):
 
 def test_a_cache_beyond_memory_is_refused_before_it_is_made_with_its_size_and_the_free_memory(arms, monkeypatch):
     device = arms.mesh.devices.flat[0]
-    # 3 layers, K and V, 2 arms, 5 sequences of 2 heads of 10 float32 numbers for 20 + 12 tokens: 32 * 1200 * 4 bytes
-    needed = 3 * 2 * 2 * 5 * 2 * 10 * 4 * 32
+    # 3 layers, K and V, 2 arms, 5 sequences of 2 heads of 10 float32 numbers for 20 + 9 tokens in whole blocks of 64
+    needed = 3 * 2 * 2 * 5 * 2 * 10 * 4 * 64
     settings = Settings(ROWS, seq_len=DEPTH, decode=9, batch=5)
     monkeypatch.setattr(decoding, "free_memory", lambda _: math.ceil(needed / 0.9))
     benchmark.check_decoding(arms.dense, settings, device)
     monkeypatch.setattr(decoding, "free_memory", lambda _: needed)
     monkeypatch.setattr(KVCache, "empty", None)
-    for asked in (settings, Settings(ROWS, seq_len=DEPTH, decode=0, generate=145)):
+    for asked in (settings, Settings(ROWS, seq_len=DEPTH, decode=0, generate=300)):
         with pytest.raises(InputError, match=r"needs caches of 0.0 GB, and 0.0 GB are free: give a smaller --batch"):
             benchmark.check_decoding(arms.dense, asked, device)
 
