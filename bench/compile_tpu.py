@@ -291,7 +291,7 @@ def count_flops(jaxpr: Any) -> int:
 
 def _branches(params: Mapping[str, Any]) -> Sequence[Any]:
     """Of a condition; where the platform decides, the branch that a TPU takes."""
-    branches, platforms = params["branches"], params["branches_platforms"]
+    branches, platforms = params["branches"], params.get("branches_platforms")
     if platforms is None:
         return branches
     own = [i for i, names in enumerate(platforms) if names and "tpu" in names]
