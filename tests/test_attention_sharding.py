@@ -14,7 +14,6 @@ from test_attention import Shape, causal, check_error, full, inputs, naive_choic
 import attention
 from attention import sharding
 from attention.sharding import (
-    BFLOAT16_OPTIONS,
     BLOCK,
     ROWS,
     TILES,
@@ -179,12 +178,12 @@ def test_without_a_mesh_nothing_is_split():
     assert shard(np.sin, None, ROWS, ROWS) is np.sin
 
 
-def test_a_product_that_the_option_for_bfloat16_refuses_is_compiled_without_it():
-    """XLA's CPU compiler has kernels for products of bfloat16 whose result is float32, and for no others."""
+def test_a_program_that_is_refused_with_the_option_for_bfloat16_is_compiled_without_it(monkeypatch):
+    """XLA's CPU compiler may have no product of bfloat16 for it; which ones differs by version and by machine."""
+    monkeypatch.setattr(sharding, "BFLOAT16_OPTIONS", {"xla_no_such_option": "1"})
     ones = jnp.ones((8, 8), jnp.bfloat16)
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        jax.jit(jnp.matmul, compiler_options=BFLOAT16_OPTIONS).lower(ones, ones).compile()
     np.testing.assert_array_equal(compile_ahead(jnp.matmul, (ones, ones), writes_bfloat16=True)(ones, ones), 8)
+    assert not sharding.can_write_bfloat16.__wrapped__(jax.devices()[0])
 
 
 @pytest.mark.parametrize("mesh", [None, "mesh"])
