@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from attention import gpu, gpu_decode, tpu
-from attention.xla import UNSEEN, _exp2, _exponent, matmul
+from attention.xla import UNSEEN, exp2, exponent, matmul
 from errors import UnsupportedError
 from kascade_core import NO_TILE, Selection, select_step_tiles, visible
 
@@ -213,7 +213,7 @@ def _in_blocks(apply: Callable[..., jax.Array], size: int, *args: jax.Array) -> 
 
 def _weights(products_ZJGW: jax.Array, head_dim: int, dtype: Any = jnp.float32) -> jax.Array:
     """Of each row, softmax's weights before they are normalised."""
-    return _exp2(_exponent(products_ZJGW, products_ZJGW.max((1, 3), keepdims=True), head_dim), dtype)
+    return exp2(exponent(products_ZJGW, products_ZJGW.max((1, 3), keepdims=True), head_dim), dtype)
 
 
 def _places(tiles_ZC: jax.Array, positions_B: jax.Array, selection: Selection) -> tuple[jax.Array, jax.Array]:

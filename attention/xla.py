@@ -48,7 +48,7 @@ EXP2_COEFFICIENTS = (0.69314700, 0.24022242, 0.055507336, 0.0096715130, 0.001326
 INTEGERS = 1.5 * 2**23  # where float32 counts in ones
 
 
-def _exp2(x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+def exp2(x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
     """2^x for float32 x <= 0, in `dtype`.
 
     XLA's CPU compiler takes twice the instructions for the power, and as many again to round it to bfloat16: together
@@ -73,14 +73,14 @@ def _cpu_exp2(x: jax.Array, dtype: Any) -> jax.Array:
     return lax.bitcast_convert_type(((bits + 2**15) >> 16).astype(jnp.int16), jnp.bfloat16)
 
 
-def _exponent(products: jax.Array, largest: jax.Array, head_dim: int) -> jax.Array:
+def exponent(products: jax.Array, largest: jax.Array, head_dim: int) -> jax.Array:
     """The base-2 logarithm of softmax's weights before they are normalised."""
     return (products - largest) * (head_dim**-0.5 * LOG2_E)
 
 
 def _weights(products_RW: jax.Array, largest_R: jax.Array, head_dim: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Each row's weights in `dtype`, for the product with the values, and their float32 sum."""
-    weights_RW = _exp2(_exponent(products_RW, largest_R[:, None], head_dim), dtype)
+    weights_RW = exp2(exponent(products_RW, largest_R[:, None], head_dim), dtype)
     return weights_RW, weights_RW.sum(-1, dtype=jnp.float32)  # of what is written anyway
 
 
@@ -108,7 +108,7 @@ def dense(
                 key_W = key_block * R + jnp.arange(R)
                 products_RW = jnp.where(visible(place_R[:, None], key_W[None], window), products_RW, UNSEEN)
             new_R = jnp.maximum(largest_R, products_RW.max(-1))
-            shrink_R = _exp2(_exponent(largest_R, new_R, H))
+            shrink_R = exp2(exponent(largest_R, new_R, H))
             weights_RW, sum_R = _weights(products_RW, new_R, H, v_WH.dtype)
             values_RH = matmul("RW,WH->RH", weights_RW, v_WH)
             return new_R, total_R * shrink_R + sum_R, out_RH * shrink_R[:, None] + values_RH
@@ -166,7 +166,7 @@ def _score_blocks(
                 key_W1 = key_block * R + jnp.arange(R)[:, None]
                 products = jnp.where(visible(place_R[None], key_W1, selection.window), products, UNSEEN)
             top = products.max(0, keepdims=True)
-            mass = _exp2(_exponent(products, top, H)).reshape(R // M, M, -1).sum(1)
+            mass = exp2(exponent(products, top, H)).reshape(R // M, M, -1).sum(1)
             return (
                 lax.dynamic_update_slice_in_dim(tops, top, key_block, 0),
                 lax.dynamic_update_slice_in_dim(mass_PR, mass, key_block * (R // M), 0),
@@ -174,7 +174,7 @@ def _score_blocks(
 
         empty = (jnp.full((S // R, len(place_R)), -jnp.inf), jnp.zeros((S // M, len(place_R))))
         tops, mass_PR = _fold_causal(step, block, empty, R, selection.window)
-        mass_PR *= jnp.repeat(_exp2(_exponent(tops, tops.max(0, keepdims=True), H)), R // M, axis=0)
+        mass_PR *= jnp.repeat(exp2(exponent(tops, tops.max(0, keepdims=True), H)), R // M, axis=0)
         share_R = jnp.where(place_R < layout.length, 1 / mass_PR.sum(0), 0)  # rows of padding choose nothing
         share_PR = mass_PR * share_R[None]
         scores_PQ = share_PR.reshape(S // M, G, Q, -1).sum((1, 3))[:num_tiles]
