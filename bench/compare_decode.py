@@ -151,7 +151,7 @@ def prefill_ours(model: Any, params: Any, windows: np.ndarray, mesh: Any) -> tup
     caches, first = [], []
     for ids in windows:
         output = forward(params, ids[None])
-        size = cache_size(model, ids.size + STEPS)
+        size = cache_size(model.selection, ids.size + STEPS)
         caches.append(forward.fill_cache(output, size, mesh, cache_dtype(model, device)))
         last = move(output.stream[:, -1:], steps_mesh(mesh, 1))
         first.append(model.apply(keep_on(params, steps_mesh(mesh, 1)), last, method="likeliest"))

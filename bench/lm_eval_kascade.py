@@ -166,7 +166,7 @@ class Kascade(LM):
         size = SHORTEST
         while size < tokens:
             size *= 2
-        return cache_size(self.model, size)
+        return cache_size(self.model.selection, size)
 
     def _start(self, ids: Sequence[int], count: int, room: int) -> tuple[int, np.ndarray, KVCache]:
         """Prefills as many of the first `count` tokens as make whole query tiles: (how many, their losses, cache)."""

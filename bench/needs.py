@@ -17,6 +17,7 @@ from attention.model_axis import ModelShards
 from attention.sharding import AXES, CONTEXT, DATA, Layout, device_bytes
 from kascade_core import ANCHOR, DENSE, REUSE, LayerPlan, Selection, freeze_schedule, tile_count
 from llama_model import VOCAB_CHUNK
+from measure.decoding import cache_size
 from network.cache import KVCache
 from network.layers import MLP_ROWS
 from weights.config import LlamaConfig
@@ -54,8 +55,8 @@ class Job:
 
     @property
     def cache_size(self) -> int:
-        """Tokens that a sequence's cache has room for: whole tiles."""
-        return tile_count(self.length, self.selection.tile_size) * self.selection.tile_size
+        """Tokens that a sequence's cache has room for."""
+        return cache_size(self.selection, self.length)
 
     def count(self, mode: str) -> int:
         """Layers of a mode."""

@@ -61,7 +61,7 @@ class Arm:
 
     def __init__(self, bench: Bench, model: LlamaModel, depth: int, steps: int) -> None:
         self.bench, self.model, self.depth, self.steps = bench, model, depth, steps
-        self.size = cache_size(model, depth + steps)
+        self.size = cache_size(model.selection, depth + steps)
         self.dtype = cache_dtype(model, bench.mesh.devices.flat[0])
         mesh = steps_mesh(bench.mesh, 1)
         self.params = keep_on(bench.params, mesh)

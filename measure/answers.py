@@ -50,7 +50,7 @@ class Answerer:
     def __init__(self, models: Mapping[str, LlamaModel], params: Any, length: int, mesh: Mesh) -> None:
         self.models, self.params, self.length, self.mesh = models, params, length, mesh
         self.dtype = cache_dtype(models[DENSE_ARM], first_device(mesh))
-        unit = math.lcm(*(cache_size(model, 1) for model in models.values()))
+        unit = math.lcm(*(cache_size(model.selection, 1) for model in models.values()))
         self.size = tile_count(length + ANSWER_ROOM, unit) * unit
         check_cache_fits(models[DENSE_ARM], CANDIDATES, self.size, first_device(mesh))
         self.steps_mesh = steps_mesh(mesh, 1)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from attention import decode
 from attention.sharding import can_write_bfloat16, fetch, first_device, keep_on, move, place, steps_mesh
 from errors import InputError, UnsupportedError
-from kascade_core import DENSE, LayerPlan, density_of_step, tile_count
+from kascade_core import DENSE, LayerPlan, Selection, density_of_step, tile_count
 from llama_model import Comparison, LlamaModel
 from measure import hosts
 from measure.machine import free_memory, memory_bandwidth
@@ -63,15 +63,15 @@ def cache_dtype(model: LlamaModel, device: jax.Device) -> Any:
     return jnp.dtype(jnp.float32 if is_slow else model.dtype)
 
 
-def cache_size(model: LlamaModel, tokens: int) -> int:
+def cache_size(selection: Selection, tokens: int) -> int:
     """Room for so many tokens, in whole tiles and in whole blocks of a CPU's products."""
-    unit = math.lcm(model.selection.tile_size, decode.CPU_KEYS)
+    unit = math.lcm(selection.tile_size, decode.CPU_KEYS)
     return tile_count(tokens, unit) * unit
 
 
 def check_cache_fits(model: LlamaModel, batch: int, tokens: int, device: jax.Device) -> None:
     """Raises InputError, with its size and the free memory, for caches of both arms that would not fit."""
-    size = cache_size(model, tokens)
+    size = cache_size(model.selection, tokens)
     needed = 2 * KVCache.bytes_needed(model.config, batch, size, cache_dtype(model, device))  # one for each arm
     free = free_memory(device)
     if free is not None and needed > SPARE_MEMORY * free:
@@ -101,7 +101,7 @@ def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding
     """
     steps, depth, batch = windows.following[0].size - 1, windows.test[0].size, settings.batch
     count = min(len(windows.test), len(windows.following)) // batch * batch
-    size = cache_size(arms.dense, depth + steps)
+    size = cache_size(arms.dense.selection, depth + steps)
     shapes = {"all": (windows_at_once(arms, count, size), steps), "timed": (batch, min(TIMED_STEPS, steps))}
     models = {"dense": arms.dense, "sparse": arms.sparse}
     with ThreadPoolExecutor(len(shapes)) as pool:
@@ -304,7 +304,7 @@ def measure_depth(arms: Arms, depth: int, batch: int, n_runs: int) -> DepthRow:
 
     Keeping all tiles is what the bookkeeping of sparse layers costs. Only time is meant: the tokens mean nothing.
     """
-    size = cache_size(arms.dense, depth + DEPTH_STEPS)
+    size = cache_size(arms.dense.selection, depth + DEPTH_STEPS)
     config, device = arms.dense.config, first_device(arms.mesh)
     free = free_memory(device)
     needed = KVCache.bytes_needed(config, batch, size, arms.cache_dtype)
@@ -345,7 +345,7 @@ def random_cache(config: Any, batch: int, size: int, dtype: Any, mesh: Mesh) -> 
 
 def generate(arms: Arms, window: jax.Array, steps: int, prefill: str) -> Generated:
     """The greedy continuation of a window by both arms; `prefill` fills the sparse arm's cache."""
-    size = cache_size(arms.dense, window.size + steps)
+    size = cache_size(arms.dense.selection, window.size + steps)
     decoders, params, mesh, _ = _compile({"dense": arms.dense, "sparse": arms.sparse}, 1, steps, size, arms)
     tokens = {}
     for name, forward in (("dense", arms.prefill["dense"]), ("sparse", arms.prefill[prefill])):

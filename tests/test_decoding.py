@@ -50,7 +50,7 @@ def ids():
 
 
 def cache_of(model, batch, tokens):
-    return KVCache.empty(model.config, batch, decoding.cache_size(model, tokens), jnp.float32)
+    return KVCache.empty(model.config, batch, decoding.cache_size(model.selection, tokens), jnp.float32)
 
 
 def decode(model, params, ids, positions=None, cache=None):
@@ -126,7 +126,7 @@ def test_sparse_decoding_chooses_and_predicts_as_a_forward_with_a_choice_per_row
 
 def test_all_tiles_kept_is_dense(params, ids):
     sparse, dense = (decode(LlamaModel(CONFIG, plans, Selection(M, 99)), params, ids) for plans in (SPARSE, None))
-    assert sparse.tiles[1].shape[-1] == decoding.cache_size(LlamaModel(CONFIG, None, Selection(M)), T) // M
+    assert sparse.tiles[1].shape[-1] == decoding.cache_size(Selection(M), T) // M
     assert relative(np.asarray(sparse.stream), np.asarray(dense.stream)) <= 1e-5
 
 
