@@ -1,8 +1,8 @@
 """A decoding step's attention on an NVIDIA GPU: Pallas kernels through Triton, whose programs share a sequence's keys.
 
 One new token has so few rows that a step is bound by reading keys and values. So each KV head's keys are split into
-parts, of which each program reads one, until there are as many programs as the chip runs at once; the parts' sums are
-added up afterwards. Reuse reads the keys and values of the chosen tiles alone, straight from the cache. An anchor reads
+parts, of which each program reads one, until there are as many programs as the chip runs at once; a second kernel joins
+the parts. Reuse reads the keys and values of the chosen tiles alone, straight from the cache. An anchor reads
 all keys once, keeps each key tile's sum of exp(score) alone, and then attends to the tiles that it chose as reuse does.
 
 Functions as in `attention.decode`; letters as there. A program holds R rows, the G query heads of a KV head and rows
@@ -101,11 +101,19 @@ def _attend(
         )
 
     arrays = [x.reshape(-1, H) for x in (q_BNH.astype(k_ZSH.dtype), k_ZSH, v_ZSH)]
-    out, top, total = on_gpu_or_interpreted(attend)(positions_B, tiles, *arrays)
-    shape = (Z, sizes.parts, sizes.G)
-    out, top, total = out.reshape(*shape, H), top.reshape(*shape, 1), total.reshape(*shape, 1)
-    share = jnp.exp2(top - top.max(1, keepdims=True))
-    return ((out * share).sum(1) / (total * share).sum(1)).reshape(q_BNH.shape)
+    parts = on_gpu_or_interpreted(attend)(positions_B, tiles, *arrays)
+
+    def join(interpret: bool) -> Callable[..., Any]:
+        return pl.pallas_call(
+            partial(_join_kernel, sizes=sizes),
+            grid=(sizes.G, Z),
+            out_shape=jax.ShapeDtypeStruct((Z * sizes.G, H), k_ZSH.dtype),
+            compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
+            interpret=interpret,
+            name="kascade_join_step",
+        )
+
+    return on_gpu_or_interpreted(join)(*parts).reshape(q_BNH.shape).astype(jnp.float32)
 
 
 def _attend_kernel(positions_ref, tiles_ref, q_ref, k_ref, v_ref, out_ref, top_ref, total_ref, *, sizes: _Step):
@@ -146,6 +154,17 @@ def _attend_kernel(positions_ref, tiles_ref, q_ref, k_ref, v_ref, out_ref, top_r
     out_ref[to, :] = out
     top_ref[to] = top
     total_ref[to] = total
+
+
+def _join_kernel(out_ref, top_ref, total_ref, joined_ref, *, sizes: _Step):
+    """One query head: the parts' sums, each under its own maximum, as one; divided by the total of all."""
+    g, z = pl.program_id(0), pl.program_id(1)
+    part = jnp.arange(pl.next_power_of_2(sizes.parts))
+    at = (z * sizes.parts + jnp.minimum(part, sizes.parts - 1)) * sizes.G + g
+    top = jnp.where(part < sizes.parts, top_ref[at], LEAST)
+    share = jnp.where(part < sizes.parts, jnp.exp2(top - top.max()), 0)
+    total, out = (total_ref[at] * share).sum(), (out_ref[at, :] * share[:, None]).sum(0)
+    joined_ref[z * sizes.G + g, :] = (out / total).astype(joined_ref.dtype)
 
 
 def choose_step(q_BNH: jax.Array, k_ZSH: jax.Array, positions_B: jax.Array, selection: Selection) -> jax.Array:
