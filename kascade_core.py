@@ -218,10 +218,11 @@ def cut_tiles(tiles_BKQC: jax.Array, budgets: Sequence[int]) -> jax.Array:
     return keep_first(tiles_BKQC[..., : max(budgets)], np.array(budgets))
 
 
-def keep_first(tiles_BKQC: jax.Array, budgets_K: np.ndarray | jax.Array) -> jax.Array:
+def keep_first(tiles_BKQC: Any, budgets_K: np.ndarray | jax.Array) -> Any:
     """The tiles in as many slots; the first budgets_K[k] of each KV head k stay, the others become NO_TILE."""
-    slots_111C = jnp.arange(tiles_BKQC.shape[-1])[None, None, None]
-    return jnp.where(slots_111C < jnp.asarray(budgets_K)[None, :, None, None], tiles_BKQC, NO_TILE)
+    numbers = np if isinstance(tiles_BKQC, np.ndarray) else jnp  # on the host nothing is compiled for each shape
+    slots_111C = np.arange(tiles_BKQC.shape[-1])[None, None, None]
+    return numbers.where(slots_111C < numbers.asarray(budgets_K)[None, :, None, None], tiles_BKQC, NO_TILE)
 
 
 def seen_tiles(tiles_BKQC: np.ndarray, selection: Selection | None = None) -> np.ndarray:

@@ -268,7 +268,7 @@ def step_densities(model: LlamaModel, tiles: Mapping[int, jax.Array], first_posi
             densities.append(1.0)
             continue
         chosen = fetch(tiles[layer if plan.anchor is None else plan.anchor])  # [B, N, K, 1, C]
-        attended = np.asarray(plan.attended(jnp.asarray(chosen.reshape(-1, *chosen.shape[2:]))))
+        attended = plan.attended(chosen.reshape(-1, *chosen.shape[2:]))
         positions_N = first_position + np.arange(chosen.shape[1])
         seen = positions_N // model.selection.tile_size + 1 - model.selection.first_seen(positions_N)
         densities.append(density_of_step(attended.reshape(chosen.shape[:3] + (-1,)), seen))

@@ -176,7 +176,7 @@ class Block(nn.Module):
         chosen_BKQC = None
         if self.plan.mode == ANCHOR or self.calibrate:
             groups_BTNH = shards.whole_groups(q_BTNH, 2)
-            chosen_BKQC = attention.choose(groups_BTNH, k_BKHS, selection=self._selection(), **sizes)
+            chosen_BKQC = attention.choose(groups_BTNH, k_BKHS, selection=self.choice(), **sizes)
         if self.plan.mode == DENSE:
             out_BTNH = attention.dense(q_BTNH, k_BKHS, v_BKSH, window=self.selection.window, **sizes)
         else:
@@ -199,7 +199,7 @@ class Block(nn.Module):
         q_BNH, shards = q_B1NH[:, 0], self._shards()
         chosen_BK1C = products_ZSG = None
         if self.plan.mode == ANCHOR:
-            groups_BNH, options = shards.whole_groups(q_BNH, 1), (self._selection(), self.kernel)
+            groups_BNH, options = shards.whole_groups(q_BNH, 1), (self.choice(), self.kernel)
             chosen_BK1C, products_ZSG = decode.choose_step(groups_BNH, k_ZSH, positions_B, *options)
             tiles_BK1C = shards.cut(chosen_BK1C, self.plan.budgets)
         if self.plan.mode == DENSE:
@@ -231,7 +231,8 @@ class Block(nn.Module):
     def _normed(self, x_BTD: jax.Array) -> jax.Array:
         return rms_norm(x_BTD, self.attention_norm, self.config.rms_norm_eps)
 
-    def _selection(self) -> Selection:
+    def choice(self) -> Selection:
+        """How this layer chooses tiles: as many as it and the layers that reuse them attend to."""
         if self.plan.largest_budget is None:
             return self.selection
         # A smaller one than the selection keeps anyway is cut afterwards.

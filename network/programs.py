@@ -42,7 +42,7 @@ from attention.sharding import (
     traced_once,
     whole,
 )
-from kascade_core import REUSE, LayerPlan, Schedule, tile_count
+from kascade_core import ANCHOR, NO_TILE, REUSE, LayerPlan, Schedule, tile_count
 from network.cache import KeysValues, KVCache
 from network.layers import Block, Rope, rope_table
 
@@ -185,7 +185,6 @@ class _Kind(NamedTuple):
     plan: LayerPlan  # without its anchor
     has_rope: bool
     crosses: bool  # whether tiles come from other shards of the model axis
-    slots: int | None  # of the tiles that it reuses
 
 
 class ForwardBuilder:
@@ -212,21 +211,18 @@ class ForwardBuilder:
             end = pool.submit(compile_ahead, self._end, (outer, self.stream, self.row_ids), self.mesh)
             rope = (self._array((1, self.layout.padded, 1, self.model.config.head_dim // 2), jnp.float32, ROPE),) * 2
             sources = self._array(self.shards.copies.shape, jnp.int32, PartitionSpec(MODEL))
-            layers, collect, kinds = {}, {}, []
-            chosen: dict[int, Any] = {}  # of each layer that chooses, the tiles' shape
-            for i, plan in enumerate(schedule):
-                kinds.append(self._kind(i, chosen))
-                reused = () if plan.anchor is None else (chosen[plan.anchor], sources)
-                args = (inner[f"layer_{i}"], self.stream, rope, *reused)
-                if kinds[i] not in layers:
-                    function = self._layer(kinds[i])
-                    tiles = jax.eval_shape(function, *args)[1]
-                    program = pool.submit(compile_ahead, function, args, self.mesh, (1,))
-                    layers[kinds[i]] = program, tiles and self._array(tiles.shape, tiles.dtype, self.tiles)
-                if tiles := layers[kinds[i]][1]:
-                    chosen[i] = tiles
-                    if tiles.shape not in collect:
-                        collect[tiles.shape] = pool.submit(compile_ahead, self._collect, (tiles,), self.mesh)
+            kinds, layers = [self._kind(i) for i in range(len(schedule))], {}
+            tiles, collect = None, None  # what layers choose has one shape
+            for i, kind in enumerate(kinds):
+                if kind in layers:
+                    continue
+                reused = (tiles, sources) if kind.plan.mode == REUSE else ()
+                function, args = self._layer(kind), (inner[f"layer_{i}"], self.stream, rope, *reused)
+                chosen = jax.eval_shape(function, *args)[1]
+                layers[kind] = pool.submit(compile_ahead, function, args, self.mesh, (1,))
+                if chosen and not tiles:
+                    tiles = self._array(chosen.shape, chosen.dtype, self.tiles)
+                    collect = pool.submit(compile_ahead, self._collect, (tiles,), self.mesh)
             return Forward(
                 schedule,
                 self.shards,
@@ -235,16 +231,25 @@ class ForwardBuilder:
                 self.mesh,
                 begin.result(),
                 end.result(),
-                tuple(layers[kind][0].result() for kind in kinds),
-                {i: collect[tiles.shape].result() for i, tiles in chosen.items()},
+                tuple(layers[kind].result() for kind in kinds),
+                {i: collect.result() for i, plan in enumerate(schedule) if self._chooses(plan)},
             )
 
-    def _kind(self, layer: int, chosen: Mapping[int, Any]) -> _Kind:
+    def _chooses(self, plan: LayerPlan) -> bool:
+        return plan.mode == ANCHOR or self.model.calibrate
+
+    @functools.cached_property
+    def slots(self) -> int:
+        """Of every layer's chosen tiles: as many as the one that chooses most has, so that layers share programs."""
+        num_key_tiles = tile_count(self.layout.length, self.model.selection.tile_size)
+        choices = (self.model.block(plan).choice() for plan in self.model.schedule if self._chooses(plan))
+        return max(choice.slots(num_key_tiles) for choice in choices)
+
+    def _kind(self, layer: int) -> _Kind:
         plan = self.model.schedule[layer]
-        slots = None if plan.anchor is None else chosen[plan.anchor].shape[-1]
         has_rope = layer not in self.model.config.no_rope_layers
         crosses = plan.mode == REUSE and self.shards.crosses(plan)
-        return _Kind(_without_anchor(plan), has_rope, crosses, slots)
+        return _Kind(_without_anchor(plan), has_rope, crosses)
 
     def _layer(self, kind: _Kind) -> Callable[..., Any]:
         block, shards = self.model.block(kind.plan), self.shards
@@ -253,6 +258,9 @@ class ForwardBuilder:
             tiles_BKQC = shards.cut(shards.take_tiles(*reused, kind.crosses), kind.plan.budgets) if reused else None
             layer_rope = rope if kind.has_rope else None
             x_BTD, chosen_BKQC, keys_values = block.attend(x_BTD, layer_rope, tiles_BKQC, self.layout)
+            if chosen_BKQC is not None:
+                unused = self.slots - chosen_BKQC.shape[-1]
+                chosen_BKQC = jnp.pad(chosen_BKQC, [(0, 0)] * 3 + [(0, unused)], constant_values=NO_TILE)
             return block.feed(x_BTD), chosen_BKQC, keys_values if self.with_cache else None
 
         def local(params: Any, *args: Any) -> tuple[Any, Any, Any]:
