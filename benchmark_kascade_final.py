@@ -58,6 +58,7 @@ from measure.machine import (
     processor_name,
     time_interleaved,
 )
+from measure.memory import give_back_memory
 from measure.quality import compare, long_context_loss, run_windows
 from measure.resume import Earlier, earlier_rows, measure_rows, save_partly
 from measure.schedules import SavedSchedule, find_schedule, load_schedule, save_schedule
@@ -293,6 +294,7 @@ def run_both(setup: Setup, plans: Schedule, say: Say) -> Both:
     say("🏃 Running DENSE Baseline...")
     shape = jax.ShapeDtypeStruct((mesh.shape[DATA], settings.seq_len), jnp.int32)
     dense = setup.model.compile(params, shape, mesh, with_cache=decodes)
+    give_back_memory()
     keeps = decodes and keeps_prefills(setup.model, test)
     dense_outputs = run_windows(dense, params, test, keeps)
     dense_perplexity = perplexity_of(np.concatenate([output.nll for output in dense_outputs]))
@@ -302,6 +304,7 @@ def run_both(setup: Setup, plans: Schedule, say: Say) -> Both:
     say("⚡ Running KASCADE Sparse...")
     sparse_model = setup.model.clone(schedule=plans)
     sparse = sparse_model.compile(params, shape, mesh, with_cache=decodes)
+    give_back_memory()
     sparse_outputs = run_windows(sparse, params, test, keeps)
     publish_tiles(sparse_outputs[0].tiles)
     attended = attended_tiles(plans, sparse_outputs[0].tiles)

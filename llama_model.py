@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -179,9 +180,9 @@ class LlamaModel(nn.Module):
         """The residual stream before layer 0."""
         shards = self._shards()
         if shards.vocab_shards == 1:
-            return self._rows(ids_BT)
+            return self._embeddings(ids_BT)
         ids_BT, is_here = self._own_ids(ids_BT)
-        return shards.vocab_sum(jnp.where(is_here[..., None], self._rows(ids_BT), 0.0))
+        return shards.vocab_sum(jnp.where(is_here[..., None], self._embeddings(ids_BT), 0.0))
 
     def _own_ids(self, ids_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Ids as this shard's part of the vocabulary counts them, and whether they are in it; others become some id."""
@@ -189,15 +190,8 @@ class LlamaModel(nn.Module):
         is_here = (ids_BT >= 0) & (ids_BT < size)
         return jnp.where(is_here, ids_BT, 0), is_here
 
-    def _rows(self, ids_BT: jax.Array) -> jax.Array:
-        """Rows of the embedding, float32."""
-        if self.tok_embeddings.dtype != jnp.bfloat16:
-            return self.tok_embeddings[ids_BT].astype(jnp.float32)
-        # XLA's CPU gathers no bfloat16, and would convert the whole table: gathered as integers. The barrier ties the
-        # table to the ids, so that a loop of steps does not keep a copy of it in the other type.
-        table_VD, ids_BT = jax.lax.optimization_barrier((self.tok_embeddings, ids_BT))
-        rows_BTD = jax.lax.bitcast_convert_type(table_VD, jnp.uint16)[ids_BT]
-        return jax.lax.bitcast_convert_type(rows_BTD, jnp.bfloat16).astype(jnp.float32)
+    def _embeddings(self, ids_BT: jax.Array) -> jax.Array:
+        return read_rows(_rows_of, self.tok_embeddings, ids_BT).astype(jnp.float32)
 
     def likeliest(self, x_BTD: jax.Array) -> jax.Array:
         """int32 [B, T]: the likeliest next token after each, given the final stream; for few tokens."""
@@ -279,7 +273,8 @@ class LlamaModel(nn.Module):
     def _logits(self, x_BTD: jax.Array, start: jax.Array | int = 0, size: int | None = None) -> jax.Array:
         """Those of `size` tokens of this shard's part of the vocabulary from `start` on, or of all of it."""
         size = self._shards().local.vocab_size if size is None else size
-        return linear(x_BTD, jax.lax.dynamic_slice_in_dim(self._head(), start, size, axis=0), self.dtype)
+        rows_from = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size)
+        return linear(x_BTD, read_rows(rows_from, self._head(), start), self.dtype)
 
     def _head(self) -> jax.Array:
         """The matrix of the logits, w_VD."""
@@ -293,7 +288,8 @@ class LlamaModel(nn.Module):
         return self._shards().vocab_sum(jnp.where(is_here, self._logits_of(x_BTD, ids_BT), 0.0))
 
     def _logits_of(self, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        return matmul("BTD,BTD->BT", x_BTD.astype(self.dtype), self._head()[ids_BT].astype(self.dtype))
+        w_BTD = read_rows(_rows_of, self._head(), ids_BT)
+        return matmul("BTD,BTD->BT", x_BTD.astype(self.dtype), w_BTD.astype(self.dtype))
 
     @nn.nowrap
     def compile(self, params: Any, input_ids: jax.Array, mesh: Mesh | None = None, with_cache: bool = False) -> Forward:
@@ -327,6 +323,23 @@ def _place_of_max(x_BTV: jax.Array) -> jax.Array:
     places = jax.lax.broadcasted_iota(jnp.int32, x_BTV.shape, x_BTV.ndim - 1)
     is_max = x_BTV == x_BTV.max(-1, keepdims=True)
     return jnp.where(is_max, places, x_BTV.shape[-1]).min(-1)
+
+
+def read_rows(read: Callable[..., jax.Array], table_VD: jax.Array, place: jax.Array | int) -> jax.Array:
+    """read(table_VD, place), some rows of a table: from bfloat16 as integers.
+
+    XLA's CPU neither gathers nor slices bfloat16, and would convert the whole table.
+    """
+    if table_VD.dtype != jnp.bfloat16:
+        return read(table_VD, place)
+    # The barrier ties the table to the place, so that a loop does not keep a copy of it in the other type.
+    table_VD, place = jax.lax.optimization_barrier((table_VD, place))
+    rows = read(jax.lax.bitcast_convert_type(table_VD, jnp.uint16), place)
+    return jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
+
+
+def _rows_of(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    return table_VD[ids_BT]
 
 
 def _log_sum_exp(carry: tuple[jax.Array, jax.Array], logits_BTV: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -338,12 +338,19 @@ def move(tree: Any, mesh: Mesh, spec: PartitionSpec = WHOLE) -> Any:
 
     def moved(x: Any) -> jax.Array:
         if not mesh.is_multi_process:
-            return jax.device_put(x, sharding)
+            return jax.device_put(_same_numbers(x), sharding)
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return place(x, mesh, spec)  # device_put would have the processes compare it
         return keep_on(jax.device_put(x, NamedSharding(x.sharding.mesh, spec)), mesh)
 
     return jax.tree.map(moved, tree)
+
+
+def _same_numbers(x: Any) -> Any:
+    """Another array of the same memory: from one of several devices JAX goes by the host, and that copy stays with it."""
+    if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
+        return x
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, [part.data for part in x.addressable_shards])
 
 
 def device_bytes(tree: Any) -> int:

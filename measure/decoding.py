@@ -21,6 +21,7 @@ from kascade_core import DENSE, LayerPlan, Selection, density_of_step, tile_coun
 from llama_model import Comparison, LlamaModel
 from measure import hosts
 from measure.machine import free_memory, memory_bandwidth
+from measure.memory import give_back_memory
 from measure.quality import compile_comparison
 from measure.settings import Settings
 from measure.texts import Windows
@@ -44,12 +45,18 @@ class Arms:
     prefill: Mapping[str, Forward]  # "dense" and "sparse", compiled with their caches, for windows of one length
     params: Any
     mesh: Mesh
-    outputs: Mapping[str, Sequence[Output]] = dataclasses.field(default_factory=dict)  # of the prefills, by test window
+    outputs: Mapping[str, list[Output]] = dataclasses.field(default_factory=dict)  # of the prefills, by test window
 
     def prefilled(self, name: str, windows: Windows, i: int) -> Output:
         """What a prefill leaves of a test window: from `outputs`, or computed where its keys were not kept."""
         kept = self.outputs[name][i] if self.outputs else None
         return kept if kept and kept.keys_values else self.prefill[name](self.params, windows.test[i])
+
+    def forget(self, name: str) -> None:
+        """Gives up the keys that a prefill's outputs have kept."""
+        if self.outputs:
+            self.outputs[name][:] = [output._replace(keys_values=None) for output in self.outputs[name]]
+            give_back_memory()
 
     @property
     def cache_dtype(self) -> Any:
@@ -99,6 +106,7 @@ def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding
       settings: `batch` windows are decoded at once where time is meant, `prefill` says what filled the sparse arm's
         cache; each arm is timed `n_runs` times. A last group of fewer than `batch` windows is left out.
     """
+    give_back_memory()
     steps, depth, batch = windows.following[0].size - 1, windows.test[0].size, settings.batch
     count = min(len(windows.test), len(windows.following)) // batch * batch
     size = cache_size(arms.dense.selection, depth + steps)
@@ -107,12 +115,19 @@ def decode_windows(arms: Arms, windows: Windows, settings: Settings) -> Decoding
     with ThreadPoolExecutor(len(shapes)) as pool:
         compiled = pool.map(lambda shape: _compile(models, *shape, size, arms), shapes.values())
         programs = dict(zip(shapes, compiled, strict=True))
-    found = _compare_windows(arms, programs["all"], windows, count, size, settings.prefill)
+    is_only_use = programs["all"].batch == batch == count  # of each prefill: the caches serve for the timed steps too
+    found, caches = _compare_windows(arms, programs["all"], windows, count, size, settings.prefill, is_only_use)
     last = range(count - batch, count)
-    caches = {name: _fill(arms, name, windows, last, size) for name in {"dense": None, settings.prefill: None}}
+    if not is_only_use:
+        del caches
+        caches = {name: _fill(arms, name, windows, last, size) for name in {"dense": None, settings.prefill: None}}
+        for name in arms.outputs:
+            arms.forget(name)
     ids_BN = jnp.concatenate([windows.following[i] for i in last])[:, : shapes["timed"][1]]
     used = {"dense": "dense", "sparse": settings.prefill}
     samples, _ = _time_passes(programs["timed"], ids_BN, depth, caches, used, settings.n_runs)
+    del caches
+    give_back_memory()
     return Decoding(
         depth=depth,
         steps=steps,
@@ -162,6 +177,7 @@ def _compile(models: Mapping[str, LlamaModel], batch: int, steps: int, size: int
 
     with ThreadPoolExecutor(len(models)) as pool:
         decoders = dict(zip(models, pool.map(compile_steps, models.values()), strict=True))
+    give_back_memory()
     return _Steps(decoders, params, mesh, batch)
 
 
@@ -179,21 +195,30 @@ class _Found(NamedTuple):
     layer_densities: list[float]
 
 
-def _compare_windows(arms: Arms, programs: _Steps, windows: Windows, count: int, size: int, prefill: str) -> _Found:
-    """The first `count` windows, as many at once as the programs take; a last group is filled up with the first."""
+def _compare_windows(
+    arms: Arms, programs: _Steps, windows: Windows, count: int, size: int, prefill: str, is_only_use: bool
+) -> tuple[_Found, dict[str, KVCache]]:
+    """The first `count` windows, as many at once as the programs take; a last group is filled up with the first.
+
+    With `is_only_use` the prefills are forgotten once the caches are filled. The last group's caches are returned too.
+    """
     comparison = compile_comparison(arms.dense, programs.mesh)
     compared: dict[str, list[Comparison]] = {"sparse": [], "dense": []}
     for start in range(0, count, programs.batch):
         which = [i % count for i in range(start, start + programs.batch)]
         following = jnp.concatenate([windows.following[i] for i in which])
-        caches = {name: _fill(arms, name, windows, which, size) for name in compared}
+        caches = {}
+        for name in compared:
+            caches[name] = _fill(arms, name, windows, which, size)
+            if is_only_use:
+                arms.forget(name)
         dense, sparse = _decode_group(programs, following[:, :-1], windows.test[0].size, caches)
         targets_BN = move(following[:, 1:], programs.mesh)
         for name, output in sparse.items():
             result = jax.device_get(comparison(programs.params, dense.stream, output.stream, targets_BN))
             compared[name] += [Comparison(*(np.asarray(values)[b] for values in result)) for b in range(len(which))]
     densities = step_densities(arms.sparse, sparse[prefill].tiles, windows.test[0].size)
-    return _Found({name: found[:count] for name, found in compared.items()}, densities)
+    return _Found({name: found[:count] for name, found in compared.items()}, densities), caches
 
 
 def _decode_group(

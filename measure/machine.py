@@ -237,8 +237,9 @@ QUEUED_READS = 10  # on an accelerator, where starting a read takes longer than 
 
 def memory_bandwidth(mesh: Mesh) -> float:
     """Bytes a second that all devices of the mesh read together: the best of several sums over a large array."""
-    sums, reads = mesh.size * BANDWIDTH_SUMS, 1 if first_device(mesh).platform == "cpu" else QUEUED_READS
-    numbers = place(np.ones((sums, BANDWIDTH_BYTES // 4 // sums), np.float32), mesh, FIRST)
+    shape = BANDWIDTH_SUMS, BANDWIDTH_BYTES // 4 // mesh.size // BANDWIDTH_SUMS
+    reads = 1 if first_device(mesh).platform == "cpu" else QUEUED_READS
+    numbers = compile_ahead(shard(lambda: jnp.ones(shape), mesh, (), FIRST), (), mesh)()
     total = compile_ahead(shard(lambda x: x.sum(1), mesh, FIRST, FIRST), (numbers,), mesh)
     milliseconds = time_interleaved({"sums": lambda: [total(numbers) for _ in range(reads)]}, 5)["sums"]
     return reads * numbers.nbytes / (min(milliseconds) / 1e3)
