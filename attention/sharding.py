@@ -347,7 +347,7 @@ def move(tree: Any, mesh: Mesh, spec: PartitionSpec = WHOLE) -> Any:
 
 
 def _same_numbers(x: Any) -> Any:
-    """Another array of the same memory: from one of several devices JAX goes by the host, and that copy stays with it."""
+    """Another array of the same memory: one of several devices is moved by the host, and keeps the copy made there."""
     if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
         return x
     return jax.make_array_from_single_device_arrays(x.shape, x.sharding, [part.data for part in x.addressable_shards])

@@ -15,13 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import psutil
 from jax.sharding import Mesh
 
 import attention
 from attention.model_axis import ModelShards, auto_model_axis
-from attention.sharding import FIRST, compile_ahead, device_bytes, first_device, make_mesh, place, shard
+from attention.sharding import FIRST, compile_ahead, device_bytes, first_device, make_mesh, shard
 from attention.xla import matmul
 from errors import InputError, UnsupportedError
 from kascade_core import Selection
