@@ -218,7 +218,7 @@ def cut_tiles(tiles_BKQC: jax.Array, budgets: Sequence[int]) -> jax.Array:
     return keep_first(tiles_BKQC[..., : max(budgets)], np.array(budgets))
 
 
-def keep_first(tiles_BKQC: Any, budgets_K: np.ndarray | jax.Array) -> Any:
+def keep_first(tiles_BKQC: np.ndarray | jax.Array, budgets_K: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
     """The tiles in as many slots; the first budgets_K[k] of each KV head k stay, the others become NO_TILE."""
     numbers = np if isinstance(tiles_BKQC, np.ndarray) else jnp  # on the host nothing is compiled for each shape
     slots_111C = np.arange(tiles_BKQC.shape[-1])[None, None, None]

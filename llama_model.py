@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from attention.model_axis import ModelShards, as_params
 from attention.sharding import Layout, pad_axis
-from attention.xla import matmul
+from attention.xla import as_bits, from_bits, matmul
 from kascade_core import LayerPlan, Selection, freeze_schedule
 from network.cache import KVCache
 from network.layers import Block, linear, matrix_init, rms_norm, rope_table
@@ -334,8 +334,7 @@ def read_rows(read: Callable[..., jax.Array], table_VD: jax.Array, place: jax.Ar
         return read(table_VD, place)
     # The barrier ties the table to the place, so that a loop does not keep a copy of it in the other type.
     table_VD, place = jax.lax.optimization_barrier((table_VD, place))
-    rows = read(jax.lax.bitcast_convert_type(table_VD, jnp.uint16), place)
-    return jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
+    return from_bits(read(as_bits(table_VD), place), table_VD.dtype)
 
 
 def _rows_of(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:

@@ -93,7 +93,7 @@ def dense(
     """Online softmax over square blocks on and below the diagonal (Milakov & Gimelshein, arXiv 1805.02867)."""
     B, K, H, S = k_BKHS.shape
     R = layout.block
-    k_ZHS, v_ZSH = _as_bits(k_BKHS.reshape(B * K, H, S)), _as_bits(v_BKSH.reshape(B * K, S, H))
+    k_ZHS, v_ZSH = as_bits(k_BKHS.reshape(B * K, H, S)), as_bits(v_BKSH.reshape(B * K, S, H))
 
     def attend(block: jax.Array, head: jax.Array, q_GRH: jax.Array) -> jax.Array:
         q_RH = q_GRH.reshape(-1, H)  # the rows of each query head one after another
@@ -101,8 +101,8 @@ def dense(
 
         def step(key_block, carry, masked):
             largest_R, total_R, out_RH = carry
-            k_HW = _from_bits(lax.dynamic_slice(k_ZHS, (head, 0, key_block * R), (1, H, R))[0], k_BKHS.dtype)
-            v_WH = _from_bits(lax.dynamic_slice(v_ZSH, (head, key_block * R, 0), (1, R, H))[0], v_BKSH.dtype)
+            k_HW = from_bits(lax.dynamic_slice(k_ZHS, (head, 0, key_block * R), (1, H, R))[0], k_BKHS.dtype)
+            v_WH = from_bits(lax.dynamic_slice(v_ZSH, (head, key_block * R, 0), (1, R, H))[0], v_BKSH.dtype)
             products_RW = matmul("RH,HW->RW", q_RH, k_HW)
             if masked:
                 key_W = key_block * R + jnp.arange(R)
@@ -148,7 +148,7 @@ def _score_blocks(
     B, K, H, S = k_BKHS.shape
     R, M, Y = layout.block, selection.tile_size, selection.query_tile
     Q, num_tiles = R // Y, tile_count(layout.length, M)  # query tiles of one block, key tiles with real tokens
-    k_ZSH = _as_bits(k_BKHS.reshape(B * K, H, S).swapaxes(1, 2))
+    k_ZSH = as_bits(k_BKHS.reshape(B * K, H, S).swapaxes(1, 2))
     rows_QR = jnp.arange(Q)[:, None] * Y + selection.scored_rows()[None]  # all of a block's rows, or a sample
     rows_R = rows_QR.reshape(-1)
 
@@ -160,7 +160,7 @@ def _score_blocks(
 
         def step(key_block, carry, masked):
             tops, mass_PR = carry  # of each row: its largest product in every block of keys, its mass in every tile
-            k_WH = _from_bits(lax.dynamic_slice(k_ZSH, (head, key_block * R, 0), (1, R, H))[0], k_BKHS.dtype)
+            k_WH = from_bits(lax.dynamic_slice(k_ZSH, (head, key_block * R, 0), (1, R, H))[0], k_BKHS.dtype)
             products = matmul("WH,RH->WR", k_WH, q_RH)
             if masked:
                 key_W1 = key_block * R + jnp.arange(R)[:, None]
@@ -194,7 +194,7 @@ def reuse(
     B, K, H, S = k_BKHS.shape
     M, Y, C = selection.tile_size, selection.query_tile, tiles_BKQC.shape[-1]
     P = S // M
-    k_tiles, v_tiles = (_as_bits(x.reshape(B * K * P, M * H)) for x in (k_BKHS.swapaxes(2, 3), v_BKSH))
+    k_tiles, v_tiles = (as_bits(x.reshape(B * K * P, M * H)) for x in (k_BKHS.swapaxes(2, 3), v_BKSH))
     query_tiles_Q = layout.local_positions()[::Y] // Y
     # Of each chosen tile its index and its first key, computed before the loop: inside, XLA would compute them anew for
     # every number beside them. An unused slot begins behind all rows.
@@ -208,7 +208,7 @@ def reuse(
         gathered = [x.at[index_C].get(mode="promise_in_bounds") for x in (k_tiles, v_tiles)]
 
         def attend_to(k_tiles_C: jax.Array, v_tiles_C: jax.Array) -> jax.Array:
-            k_WH, v_WH = (_from_bits(x.reshape(C * M, H), v_BKSH.dtype) for x in (k_tiles_C, v_tiles_C))
+            k_WH, v_WH = (from_bits(x.reshape(C * M, H), v_BKSH.dtype) for x in (k_tiles_C, v_tiles_C))
             key_W = (start_C[:, None] + jnp.arange(M)[None]).reshape(-1)
             place_R = jnp.tile(query_tile * Y + jnp.arange(Y), len(q_GRH))  # of each query head one after another
             products_RW = matmul("RH,WH->RW", q_GRH.reshape(-1, H), k_WH)
@@ -245,20 +245,20 @@ def _map_heads(
     J, K = len(blocks_J), num_kv_heads
     q_BKJGRH = q_BTNH.reshape(B, J, T // J, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
     step = jnp.arange(J * B * K)
-    each = [jnp.moveaxis(x, 2, 0).reshape(J * B * K, *x.shape[3:]) for x in (_as_bits(q_BKJGRH), *more_BKJ)]
+    each = [jnp.moveaxis(x, 2, 0).reshape(J * B * K, *x.shape[3:]) for x in (as_bits(q_BKJGRH), *more_BKJ)]
     together = next(n for n in range(min(at_once, len(step)), 0, -1) if len(step) % n == 0)
 
     def one(args: tuple[jax.Array, ...]) -> jax.Array:
         block, head, q_GRH, *more = args
-        return _as_bits(attend(block, head, _from_bits(q_GRH, q_BTNH.dtype), *more))
+        return as_bits(attend(block, head, from_bits(q_GRH, q_BTNH.dtype), *more))
 
     batch_size = together if together > 1 else None  # a batch of one would have loops inside keep or take each result
     out = lax.map(one, (blocks_J[step // (B * K)], step % (B * K), *each), batch_size=batch_size)
-    out = _from_bits(out, q_BTNH.dtype)
+    out = from_bits(out, q_BTNH.dtype)
     return jnp.moveaxis(out.reshape(J, B, K, *out.shape[1:]), 0, 2)
 
 
-def _as_bits(x: jax.Array) -> jax.Array:
+def as_bits(x: jax.Array) -> jax.Array:
     """Numbers of two bytes as integers, other arrays as they are, for what a loop takes parts of or puts together.
 
     XLA's CPU compiler (jaxlib 0.10.2) updates no bfloat16 array in place: each step of a loop would convert all of its
@@ -267,8 +267,8 @@ def _as_bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.uint16) if jnp.issubdtype(x.dtype, jnp.floating) and x.itemsize == 2 else x
 
 
-def _from_bits(x: jax.Array, dtype: Any) -> jax.Array:
-    """The inverse of `_as_bits` for an array of this dtype."""
+def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `as_bits` for an array of this dtype."""
     return lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
 

@@ -25,6 +25,7 @@ from measure.quality import run_windows
 from measure.settings import Settings
 from measure.texts import Windows, load_windows
 from network.cache import KVCache
+from network.programs import Forward
 from report import console
 from report.results import DepthRow, Generated
 from weights.folder import read_manifest
@@ -278,6 +279,17 @@ def test_kept_prefills_are_decoded_with_and_not_computed_again(arms, windows, fo
     kept = decoding.decode_windows(dataclasses.replace(arms, prefill=broken, outputs=outputs), windows, settings)
     assert same_losses(kept.compared, found[1, "sparse"].compared)
     assert same_losses(kept.compared_other_prefill, found[1, "sparse"].compared_other_prefill)
+    assert all(output.keys_values is None for of_arm in outputs.values() for output in of_arm), (
+        "they are given up at last"
+    )
+
+
+def test_a_single_group_fills_each_cache_once_and_times_it(arms, windows, monkeypatch):
+    filled, fill_cache = [], Forward.fill_cache
+    monkeypatch.setattr(Forward, "fill_cache", lambda *args: filled.append(1) or fill_cache(*args))
+    one = dataclasses.replace(windows, test=windows.test[:1], following=windows.following[:1])
+    result = decoding.decode_windows(arms, one, Settings(ROWS, seq_len=DEPTH, n_runs=1, batch=1))
+    assert (len(filled), len(result.compared)) == (2, 1)
 
 
 def test_how_many_windows_are_decoded_together_changes_no_number(arms, windows, found, monkeypatch):

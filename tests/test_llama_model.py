@@ -1,6 +1,7 @@
 """The model against transformers' logits, its schedule, its tiles, its loss, and how it is loaded and compiled."""
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -256,6 +257,18 @@ def test_weights_come_in_the_dtype_that_is_asked_for(folders):
     _, params = load(folders / NAME, jnp.bfloat16)
     assert params["params"]["layer_0"]["attention"]["wq"].dtype == jnp.bfloat16
     assert params["params"]["layer_0"]["attention_norm"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_no_forward_converts_the_table_of_the_vocabulary(folders, ids, num_devices, monkeypatch):
+    """XLA's CPU compiler would, where it takes rows of a bfloat16 array; in a loop it would keep a copy."""
+    monkeypatch.setattr(llama_model, "VOCAB_CHUNK", 16)
+    config, params = load(folders / NAME, jnp.bfloat16)
+    table = params["params"]["tok_embeddings"]
+    forward = LlamaModel(config, dtype=jnp.bfloat16).compile(params, ids, make_mesh(jax.devices()[:num_devices]))
+    text = forward.begin.as_text() + forward.end.as_text()
+    made = re.findall(r"= \w+\[([\d,]+)\]\S* (?:convert|fusion|copy)\(", text)
+    assert made and f"{table.shape[0]},{table.shape[1]}" not in made
 
 
 def test_cpu_devices_share_the_weights_memory(folders):

@@ -215,6 +215,18 @@ def test_a_deeper_model_has_no_more_programs():
     assert programs(80) == programs(16)
 
 
+def test_layers_of_equal_budgets_share_a_program_whatever_their_anchor_chose():
+    config = dataclasses.replace(MODELS["as many KV heads"], num_hidden_layers=5)
+    K = config.num_key_value_heads
+    wide, few = (3,) * K, (2,) * K
+    anchors = [LayerPlan(ANCHOR, budgets=wide), LayerPlan(ANCHOR, budgets=few)]
+    schedule = (LayerPlan(DENSE), *anchors, *(LayerPlan(REUSE, anchor, budgets=few) for anchor in (1, 2)))
+    model = LlamaModel(config, schedule, SELECTION)
+    forward = model.compile(ModelShards(config).shapes(None, jnp.float32), jax.ShapeDtypeStruct((1, T), jnp.int32))
+    assert forward.layers[1] is not forward.layers[2]
+    assert forward.layers[3] is forward.layers[4]
+
+
 def test_the_mesh_is_as_asked_or_made_for_the_weights():
     config = MODELS["as many KV heads"]
     mesh, why = pick_mesh(mesh_axes("model=2,context=3"), jax.devices(), config, "float32")
