@@ -25,7 +25,7 @@ from attention.xla import matmul
 from errors import InputError, UnsupportedError
 from kascade_core import Selection
 from measure import hosts
-from measure.memory import read_peak_memory
+from measure.memory import keep_freed_memory, read_peak_memory
 from weights.config import LlamaConfig
 
 PLATFORMS = {"cpu": "cpu", "tpu": "tpu,cpu", "gpu": "cuda,cpu"}  # cpu as a fallback: JAX asserts if none initialises
@@ -42,11 +42,14 @@ OWN_KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 def configure_device(device: str) -> list[jax.Device]:
     """Makes JAX compute on `device` ("cpu", "tpu" or "gpu") and undoes settings of the user's that would break a run.
 
-    Every CPU core becomes a device: XLA's own threads inside one device leave much of a machine idle.
+    Every CPU core becomes a device: XLA's own threads inside one device leave much of a machine idle. There, the
+    process keeps memory that it frees (`measure.memory.keep_freed_memory`).
 
     Raises:
       InputError: JAX sees no such device.
     """
+    if device == "cpu":
+        keep_freed_memory()
     jax.config.update("jax_platforms", PLATFORMS[device])
     jax.config.update("jax_platform_name", device)
     for name, value in UNDONE.items():
