@@ -428,6 +428,20 @@ def test_no_loop_converts_all_of_a_bfloat16_output(kind):
     assert outputs == {"u16"}
 
 
+@pytest.mark.parametrize("kind", ["dense", "choose"])
+def test_a_blocks_mask_reads_no_blocks_number(kind):
+    """XLA's CPU compiler would read it anew for each product, and make no vectors of the mask."""
+    T, N, K, H, selection = 1024, 4, 2, 16, Selection(top_k=4)
+    shapes = ((1, T, N, H), (1, K, H, T), (1, K, T, H))[: 3 if kind == "dense" else 2]
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    options = {"selection": selection} if kind == "choose" else {}
+    program = compile_ahead(functools.partial(getattr(attention, kind), layout=Layout.of(T, 16), **options), args)
+    computations = program.as_text().split("\n}\n")
+    masks = [text for text in computations if "select(" in text and "constant(-1e+30)" in text]
+    assert masks
+    assert not [text for text in masks if "dynamic-slice(" in text]
+
+
 @pytest.mark.parametrize(("kernel", "shape"), ONE_SHAPE)
 def test_rows_of_padding_choose_nothing(kernel, shape):
     """The last tile, most of it padding of any content, chooses what its real rows choose."""

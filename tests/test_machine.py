@@ -1,6 +1,9 @@
 """The machine of a run: its devices, what is fast on them, and their memory."""
 
+import ctypes
 import dataclasses
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +162,31 @@ def test_what_the_gpus_kernels_do_not_take_runs_on_xla_or_is_refused(sizes, why)
 def test_the_peak_is_no_less_than_what_the_process_holds():
     held = np.ones(25_000_000)  # 200 MB
     assert machine.peak_memory(jax.devices()[0]) >= psutil.Process().memory_info().rss * 0.9 > held.nbytes
+
+
+ALLOCATE = """
+import ctypes, resource, sys
+from measure.memory import keep_freed_memory
+library = ctypes.CDLL(None)
+library.malloc.restype, size = ctypes.c_void_p, 100_000_000
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(5):
+    memory = ctypes.c_void_p(library.malloc(ctypes.c_size_t(size)))
+    library.memset(memory, 1, ctypes.c_size_t(size))
+    library.free(memory)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize() // size)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc"
+)
+def test_freed_memory_is_kept_for_what_is_allocated_next():
+    """Counted in page faults: how often the memory of 100 MB was touched for the first time."""
+    run = partial(subprocess.check_output, cwd=Path(machine.__file__).parents[1], text=True)
+    touched = {mode: int(run([sys.executable, "-c", ALLOCATE, mode])) for mode in ("keep", "default")}
+    assert touched["keep"] <= 2 < 5 <= touched["default"]
 
 
 def test_the_free_memory_is_a_part_of_the_machines():
