@@ -43,7 +43,7 @@ from bench.compare_transformers import (
     settings_of,
 )
 from errors import InputError, Parser, ctrl_c_raises, exit_on_bad_input
-from measure.memory import read_peak_memory, reset_peak_memory
+from measure.memory import give_back_memory, read_peak_memory, reset_peak_memory
 from report.tables import markdown, markdown_row, spread
 from weights.config import LlamaConfig
 from weights.folder import DEFAULT_WEIGHTS, read_manifest
@@ -90,6 +90,7 @@ def serve(connection: Any, prepare: Callable[[Job], Mapping[str, Prefilled]]) ->
         else:
             prepared = {}  # first, so that two jobs' caches are never in memory together
             prepared = prepare(request)
+            give_back_memory()  # what compiling and the prefills took, of either framework, is not decoding's
             connection.send({name: (item.note, item.run()) for name, item in prepared.items()})
 
 
