@@ -283,15 +283,14 @@ def _fold_causal(
 ) -> tuple[jax.Array, ...]:
     """Applies step(key_block, carry, ahead) to every block of `width` keys that query block `block` sees.
 
-    `ahead` is how many tokens after the keys' block the queries' begins, or None where every row sees every key. Of a
-    row's own block it is the constant 0: XLA's CPU compiler makes no vectors of a mask that reads `block` for each
-    number, and took four times as long for it as for the block's exponentials.
+    Under a window those before it are left out. `ahead` is how many tokens after the keys' block the queries' begins,
+    or None where every row sees every key. Of a row's own block it is the constant 0: XLA's CPU compiler makes no
+    vectors of a mask that reads `block` for each number, and took four times as long for it as for the block's
+    exponentials.
     """
-    if window is None:
-        carry = lax.fori_loop(0, block, lambda key_block, carry: step(key_block, carry, None), carry)
-    else:
-        first = jnp.maximum(block * width - window + 1, 0) // width  # blocks before it are out of the window
-        carry = lax.fori_loop(
-            first, block, lambda key_block, carry: step(key_block, carry, (block - key_block) * width), carry
-        )
-    return step(block, carry, 0)
+    first = 0 if window is None else jnp.maximum(block * width - window + 1, 0) // width
+
+    def earlier(key_block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return step(key_block, carry, None if window is None else (block - key_block) * width)
+
+    return step(block, lax.fori_loop(first, block, earlier, carry), 0)

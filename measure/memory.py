@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")  # Linux
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's mallopt: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+LARGE = 2**30  # bytes
 
 
 def reset_peak_memory() -> bool:
@@ -17,10 +19,6 @@ def reset_peak_memory() -> bool:
     except OSError:
         return False
     return True
-
-
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's mallopt: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
-LARGE = 2**30  # bytes
 
 
 def keep_freed_memory() -> None:
